@@ -1,0 +1,1 @@
+"""Model families: one folder each, with a fixed set of files."""

@@ -1,0 +1,1 @@
+"""ERNIE-Image (https://huggingface.co/baidu/ERNIE-Image)."""

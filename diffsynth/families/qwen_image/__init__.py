@@ -1,0 +1,1 @@
+"""Qwen-Image (https://huggingface.co/Qwen/Qwen-Image)."""

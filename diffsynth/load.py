@@ -1,0 +1,158 @@
+"""From files to components, in a written order.
+
+1. resolve every `ModelConfig` to local files (downloading what is missing),
+2. read headers and recognise every component: all mistakes surface here, before a weight is read,
+3. build each module on the meta device and fill it strictly, straight to its dtype and device,
+4. hand it to `memory`, where its config asks for that.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .memory.attach import Residence, attach
+from .recognise import MemoryReader, Reader, Recognised, recognise
+from .runtime.errors import CorruptFileError, InvalidInputError, MissingFileError, WrongModelError
+from .spec import ComponentSpec, Family
+from .weights.model_config import ModelConfig
+from .weights.reader import CheckpointReader
+
+logger = logging.getLogger(__name__)
+
+
+def load_components(
+    family: Family,
+    configs: Sequence[ModelConfig],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Sequence[str] | None = None,
+    vram_limit: float | None = None,
+) -> dict[str, nn.Module]:
+    """Load the components of `family` from the files that `configs` name.
+
+    Args:
+        family: whose components are expected.
+        configs: in any order; a folder may hold several components.
+        dtype: of weights and computation, unless a config says otherwise.
+        device: the same for the place.
+        wanted: names of the components that must be there; None for all of the family.
+        vram_limit: GiB that weights may keep on the computation device, for configs that offload.
+
+    Raises:
+        MissingFileError: a file or a component is missing.
+        WrongModelError: a file holds a component of another family, or two files hold the same one.
+        KeyMismatchError, UnknownModelError, CorruptFileError, UnsafeFileError: see `recognise` and `weights.reader`.
+    """
+    known = [component.name for component in family.spec.components]
+    for name in wanted or ():
+        if name not in known:
+            raise InvalidInputError(f"{family.spec.title} has no component {name!r}; it has {', '.join(known)}.")
+    found: dict[str, tuple[Recognised, ModelConfig]] = {}
+    for config in configs:
+        for reader in _readers(config, family):
+            for recognised in recognise(reader):
+                _check_place(recognised, family, found)
+                found[recognised.component.name] = (recognised, config)
+    _check_all_there(family, found, known if wanted is None else wanted)
+    return {
+        name: _fill(recognised, config, dtype, device, vram_limit)
+        for name, (recognised, config) in found.items()
+        if wanted is None or name in wanted
+    }
+
+
+def _readers(config: ModelConfig, family: Family) -> list[Reader]:
+    if config.state_dict is not None:
+        return [MemoryReader(config.state_dict)]
+    paths = config.resolve()
+    if len(paths) == 1 and paths[0].is_dir():
+        return [CheckpointReader(files) for files in weight_files(paths[0], family.spec.components)]
+    return [CheckpointReader(paths)]
+
+
+def weight_files(folder: Path, components: Sequence[ComponentSpec]) -> list[list[Path]]:
+    """The safetensors files of each component in `folder`: one that holds weights, or a whole published repository.
+
+    Raises:
+        MissingFileError: there are none, or an index names a shard that is not there.
+    """
+    folders = [folder / component.folder for component in components if (folder / component.folder).is_dir()]
+    groups = [files for place in folders or [folder] if (files := _shards(place))]
+    if not groups:
+        listed = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        raise MissingFileError(f"No *.safetensors in {folder.absolute()} (it holds {listed}).")
+    return groups
+
+
+def _shards(folder: Path) -> list[Path]:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{indices[0]} is no valid index of shards: {error!r}. Download it again.") from error
+    for name in names:
+        if not (folder / name).is_file() or Path(name).name != name:
+            raise MissingFileError(f"{indices[0]} lists the shard {name!r}, which is not in {folder.absolute()}.")
+    return [folder / name for name in names]
+
+
+def _check_place(recognised: Recognised, family: Family, found: dict[str, tuple[Recognised, ModelConfig]]) -> None:
+    where = recognised.reader.describe()
+    if recognised.family.spec.name != family.spec.name:
+        raise WrongModelError(
+            f"{where} is the {recognised.title}, but a component of {family.spec.title} is needed. Use the files of "
+            f"{family.spec.model_ids[0]}, or the pipeline {recognised.family.spec.pipeline.split(':')[1]}."
+        )
+    name = recognised.component.name
+    if name in found:
+        raise WrongModelError(
+            f"{where} is the {recognised.title}, and so is {found[name][0].reader.describe()}. Give one of them."
+        )
+
+
+def _check_all_there(family: Family, found: dict[str, Any], wanted: Sequence[str]) -> None:
+    for component in family.spec.components:
+        if component.name in wanted and component.name not in found:
+            have = ", ".join(f"{r.component.title} ({r.reader.describe()})" for r, _ in found.values()) or "nothing"
+            raise MissingFileError(
+                f"No {component.title} of {family.spec.title} among the given models (found: {have}). Add "
+                f'ModelConfig(model_id="{family.spec.model_ids[0]}", origin_file_pattern="{component.pattern}").'
+            )
+
+
+def _fill(
+    recognised: Recognised, config: ModelConfig, dtype: torch.dtype, device: torch.device, vram_limit: float | None
+) -> nn.Module:
+    module, reader = recognised.module, recognised.reader
+    residence = Residence.of(config, dtype, device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+    def read(our_name: str) -> torch.Tensor:
+        return reader.read(recognised.names[our_name]).reshape(shapes[our_name])
+
+    if residence is not None:
+        component = recognised.component
+        attach(
+            module,
+            read,
+            residence,
+            separate=component.timestep_only,
+            quantizable=component.blocks and f"{component.blocks}.",
+            limit=vram_limit,
+        )
+    else:
+        parameters = dict(module.named_parameters())  # buffers (statistics, counters) keep the dtype of the file
+        state = {name: read(name).to(device, dtype if name in parameters else None) for name in shapes}
+        module.load_state_dict(state, strict=True, assign=True)
+        module.to(device)  # buffers that no checkpoint holds
+    module.requires_grad_(False)
+    logger.info("Loaded the %s from %s.", recognised.title, reader.describe())
+    return module

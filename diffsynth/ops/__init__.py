@@ -1,0 +1,1 @@
+"""Stateless tensor maths that two families or more use."""

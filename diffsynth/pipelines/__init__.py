@@ -1,0 +1,1 @@
+"""The public faces of the families: the documented signatures, nothing else."""

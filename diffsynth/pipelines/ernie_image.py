@@ -1,0 +1,134 @@
+"""ERNIE-Image: text to image and image to image.
+
+from diffsynth.pipelines.ernie_image import ErnieImagePipeline, ModelConfig
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..families.ernie_image.family import ErnieImageFamily
+from ..families.ernie_image.spec import DEFAULT_SIZE
+from ..generate import Step, StepCallback, finite_float
+from ..spec import Family, Guidance
+from ..weights.model_config import ModelConfig
+from .base import BasePipeline, PilImage, Prompt
+
+__all__ = ["ErnieImagePipeline", "ModelConfig", "Step"]
+
+_TOKENIZER = ModelConfig(model_id="baidu/ERNIE-Image", origin_file_pattern="tokenizer/")
+
+
+class ErnieImagePipeline(BasePipeline):
+    """ERNIE-Image, 8 B parameters (https://huggingface.co/baidu/ERNIE-Image)."""
+
+    family: ClassVar[Family] = ErnieImageFamily()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        model_configs: Sequence[ModelConfig] = (),
+        tokenizer_config: ModelConfig | None = _TOKENIZER,
+        vram_limit: float | None = None,
+        *,
+        components: Sequence[str] | None = None,
+    ) -> "ErnieImagePipeline":
+        """Load the components that `model_configs` name, downloading what is missing.
+
+        Args:
+            torch_dtype: of weights and computation.
+            device: "cuda", "cpu", ...; None for the best there is.
+            model_configs: one per component, in any order.
+            tokenizer_config: the tokenizer's folder; None to load none.
+            vram_limit: GiB of weights that may stay on the device, for components that offload.
+            components: which of "dit", "text_encoder", "vae" must be there; None for all.
+        """
+        return cls._load(torch_dtype, device, model_configs, tokenizer_config, vram_limit, components)
+
+    def __call__(
+        self,
+        prompt: Prompt = "",
+        negative_prompt: Prompt = "",
+        cfg_scale: float = 4.0,
+        height: int = DEFAULT_SIZE[0],
+        width: int = DEFAULT_SIZE[1],
+        seed: int | Sequence[int] | None = None,
+        rand_device: str = "cuda",
+        num_inference_steps: int = 50,
+        sigma_shift: float | None = None,
+        progress_bar_cmd: Callable[..., Iterable[int]] = tqdm,
+        *,
+        input_image: PilImage | None = None,
+        denoising_strength: float = 1.0,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        callback: StepCallback | None = None,
+        batch_size: int = 1,
+        output_type: str = "pil",
+    ) -> Any:
+        """Make images.
+
+        Args:
+            prompt: what the image should show; a list makes one image for each.
+            negative_prompt: what it should not show; one for all, or a list with one per prompt.
+            cfg_scale: classifier-free guidance; takes effect above 1.
+            height: in pixels, a multiple of 16 (others are rounded up).
+            width: in pixels, a multiple of 16 (others are rounded up).
+            seed: None for random. Image i of a run has `seed + i`; a list gives one seed per image.
+            rand_device: where noise is drawn; "cuda" and "cpu" give different images for a seed. Without CUDA the CPU
+                draws it, with a warning.
+            num_inference_steps: from 1.
+            sigma_shift: shift of the schedule; None for the model's own, 3.0 (the Turbo checkpoint wants 4.0).
+            progress_bar_cmd: wraps the iterable of steps; `lambda x: x` hides the bar.
+            input_image: start of image-to-image; resized to cover `width` x `height` and cropped.
+            denoising_strength: 0..1, how far to leave `input_image`: 0 keeps it, 1 ignores it.
+            tiled: encode and decode in blended tiles, which needs less memory and changes the image slightly.
+            tile_size: side of a tile, in latents (8 pixels).
+            tile_stride: distance of tiles, in latents; at most `tile_size`.
+            num_images_per_prompt: images for each prompt.
+            prompt_embeds: conditions from `encode_prompt`, instead of `prompt`.
+            negative_prompt_embeds: the same for `negative_prompt`.
+            callback: called with a `Step` after every step; returning False stops the run.
+            batch_size: images denoised in one pass. Each image is the one it would be alone; bit for bit at 1, to
+                rounding above.
+            output_type: "pil" for images, "pt" for a tensor `[images, 3, H, W]` in -1..1, "latent" for latents.
+
+        Returns:
+            One image for a single prompt and `num_images_per_prompt=1`, otherwise a list; a tensor if asked for.
+        """
+        scheduler = self.scheduler
+        if sigma_shift is not None:
+            scheduler = replace(scheduler, shift=finite_float("sigma_shift", sigma_shift, 1e-6, 1e6))
+        return self._run(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance=Guidance(finite_float("cfg_scale", cfg_scale, 0)),
+            scheduler=scheduler,
+            input_image=input_image,
+            denoising_strength=denoising_strength,
+            height=height,
+            width=width,
+            seed=seed,
+            rand_device=rand_device,
+            num_inference_steps=num_inference_steps,
+            tiled=tiled,
+            tile_size=tile_size,
+            tile_stride=tile_stride,
+            progress_bar_cmd=progress_bar_cmd,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            callback=callback,
+            batch_size=batch_size,
+            output_type=output_type,
+        )

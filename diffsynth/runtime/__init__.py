@@ -1,0 +1,1 @@
+"""The ground: errors, devices, random numbers, logs, images."""

@@ -1,0 +1,1 @@
+"""Files: names, headers, lazily read tensors, hubs."""
