@@ -238,8 +238,8 @@ def _latent_tiling(family: Family, tiling: Tiling) -> tuple[int, int, int]:
 def _finite(tensor: Tensor, where: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(
-            f"NaN or infinity {where}. Check the weights (`diffsynth inspect`), and use torch.bfloat16 or torch.float32 "
-            "rather than torch.float16, whose range these models leave."
+            f"NaN or infinity {where}. Check the weights (`diffsynth inspect`), and use torch.bfloat16 or "
+            "torch.float32 rather than torch.float16, whose range these models leave."
         )
     return tensor
 

@@ -1,7 +1,8 @@
 """What a family of models tells the rest of the package: facts, and six verbs.
 
-Facts are typed and frozen (`FamilySpec`, `ComponentSpec`); the verbs are the methods of `Family`. The schedule is a fact. Everything above the
-families talks to them only through this page, so a third family is one folder and one line in `registry.py`.
+Facts are typed and frozen (`FamilySpec`, `ComponentSpec`); the verbs are the methods of `Family`. The schedule is a
+fact. Everything above the families talks to them only through this page, so a third family is one folder and one line
+in `registry.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -279,7 +279,7 @@ def _units(module: nn.Module, separate: Sequence[str]) -> list[tuple[nn.Module, 
         apart = [
             (f"{path}.{name}", child)
             for name, child in root.named_children()
-            if any(fnmatch(f"{path}.{name}.", pattern) for pattern in separate)
+            if not _matches(f"{path}.", separate) and _matches(f"{path}.{name}.", separate)
         ]
         owned = dict(_owners(root, path))
         for apart_path, child in apart:
@@ -289,6 +289,10 @@ def _units(module: nn.Module, separate: Sequence[str]) -> list[tuple[nn.Module, 
         if owned:
             units.append((root, owned))
     return units
+
+
+def _matches(prefix: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(prefix, pattern) for pattern in patterns)
 
 
 def _owners(module: nn.Module, path: str) -> Iterator[tuple[str, tuple[nn.Module, str]]]:

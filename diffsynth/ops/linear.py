@@ -6,11 +6,13 @@ backward, so it serves inference only; everywhere else this is `torch.nn.Linear`
 keys, recognised by tools that look for `nn.Linear`).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def _onednn_fits(x: Tensor, weight: Tensor) -> bool:

@@ -49,7 +49,8 @@ def tiled_apply(
             )
             total[window] += part * ramp
             weights[window] += ramp
-    assert total is not None and weights is not None
+    assert total is not None
+    assert weights is not None
     return total.div_(weights)
 
 

@@ -27,7 +27,7 @@ def shift_linear(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def interpolate_mu(tokens: int, base: tuple[int, float], top: tuple[int, float]) -> float:
-    """Exponent `mu` (shift = exp(mu)) on the line through `base` and `top`, each `(image tokens, mu)`: more for larger images."""
+    """Exponent `mu` (shift = exp(mu)) on the line through `base` and `top`, each `(image tokens, mu)`."""
     (x0, y0), (x1, y1) = base, top
     return y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
 

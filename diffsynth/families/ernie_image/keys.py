@@ -35,7 +35,7 @@ _LEVELS = 4
 
 
 def _ldm(prefix: str = "") -> KeyLayout:
-    """Names of the original latent-diffusion code: the decoder counts its levels from the pixels, not from the latents."""
+    """Names of the original latent-diffusion code, whose decoder counts its levels from the pixels."""
     prefixes = {
         "encoder.quant_conv.": "quant_conv.",
         "decoder.post_quant_conv.": "post_quant_conv.",

@@ -2,8 +2,8 @@
 
 Parameter names and arithmetic are those of the published checkpoint (https://huggingface.co/baidu/ERNIE-Image).
 
-Shapes: S samples, N image and M text tokens of a sample, D = hidden_size. Tokens of all samples stand one after another,
-the image of each sample before its text: no padding, no mask.
+Shapes: S samples, N image and M text tokens of a sample, D = hidden_size. Tokens of all samples stand one after
+another, the image of each sample before its text: no padding, no mask.
 """
 
 from collections.abc import Sequence

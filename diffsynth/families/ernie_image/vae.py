@@ -183,7 +183,8 @@ class Flux2VAE(nn.Module):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         mean, variance = self.bn.running_mean, self.bn.running_var
-        assert mean is not None and variance is not None  # tracked by construction
+        assert mean is not None
+        assert variance is not None  # tracked by construction
         return mean.float().view(1, -1, 1, 1), (variance.float() + BATCH_NORM_EPS).sqrt().view(1, -1, 1, 1)
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class QwenImageFamily:
     ) -> PackedSampler:
         """Positions, text projections and the modulation of every step."""
         assert isinstance(model, QwenImageTransformer)
-        device, dtype = compute_placement(model)
+        device, _ = compute_placement(model)
         conditions = [condition for branch in branches for condition in branch]
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         layout = model.layout([grid] * len(conditions), [len(condition) for condition in conditions], device)

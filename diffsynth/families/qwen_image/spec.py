@@ -74,7 +74,9 @@ TRANSFORMER = ComponentSpec(
     layouts=keys.TRANSFORMER,
     marker="transformer_blocks.0.attn.add_q_proj.weight",
     blocks="transformer_blocks",
-    timestep_only=("time_text_embed.*", "transformer_blocks.*.img_mod.*", "transformer_blocks.*.txt_mod.*", "norm_out.*"),
+    timestep_only=(
+        "time_text_embed.*", "transformer_blocks.*.img_mod.*", "transformer_blocks.*.txt_mod.*", "norm_out.*",
+    ),
     lora_targets=(
         "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
         "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",

@@ -26,7 +26,7 @@ PREFIX_TOKENS = 34
 MAX_TOKENS = 1024
 """Longest condition the model was used with."""
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "vocab_size": 152064,
     "hidden_size": 3584,
     "intermediate_size": 18944,

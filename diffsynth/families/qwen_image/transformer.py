@@ -10,6 +10,7 @@ without padding or mask. A modulation has one row per sample, or one row where a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -253,15 +254,16 @@ class QwenImageTransformer(nn.Module):
         return Layout(packing, torch.polar(torch.ones_like(angles), angles).to(device))
 
     def project_text(self, txt: Tensor) -> Tensor:
-        """Text embeddings `[sum M, joint_attention_dim]` to the width of the blocks; the same for every step of a run."""
+        """Text embeddings `[sum M, joint_attention_dim]` to the width of the blocks, once for a whole run."""
         return self.txt_in(self.txt_norm(txt))
 
     def modulation(self, timesteps: Tensor) -> ModulationTable:
         """Evaluate every timestep-only layer for `timesteps [steps]` (0..1000), each weight read once."""
         temb = self.time_text_embed(timesteps)
+        blocks = cast("list[TransformerBlock]", list(self.transformer_blocks))
         return ModulationTable(
-            img=torch.stack([block.img_mod(temb) for block in self.transformer_blocks]),
-            txt=torch.stack([block.txt_mod(temb) for block in self.transformer_blocks]),
+            img=torch.stack([block.img_mod(temb) for block in blocks]),
+            txt=torch.stack([block.txt_mod(temb) for block in blocks]),
             out=self.norm_out(temb),
         )
 
@@ -288,7 +290,7 @@ class QwenImageTransformer(nn.Module):
 
 
 def _positions(rows: int, columns: int, txt_length: int) -> Tensor:
-    """`[M + N, 3]` frame, row and column: the image is centred on the origin, the text runs along the diagonal after it."""
+    """`[M + N, 3]` frame, row and column: the image is centred on the origin, the text follows on the diagonal."""
     row = torch.arange(rows) - (rows - rows // 2)
     column = torch.arange(columns) - (columns - columns // 2)
     grid = torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), row, column, indexing="ij"), dim=-1)

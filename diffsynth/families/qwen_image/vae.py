@@ -1,7 +1,7 @@
 """The Qwen-Image autoencoder on its two-dimensional path.
 
-The network is the causal video autoencoder of Wan 2.1 (https://arxiv.org/abs/2503.20314), fine-tuned. A still image is a
-video of one frame, and for one frame a causal convolution sees its own frame through its last temporal tap and zeros
+The network is the causal video autoencoder of Wan 2.1 (https://arxiv.org/abs/2503.20314), fine-tuned. A still image is
+a video of one frame, and for one frame a causal convolution sees its own frame through its last temporal tap and zeros
 through the others: every 3x3x3 convolution *is* the 3x3 convolution of that tap, and the temporal convolutions
 (`time_conv`) are never reached. This file computes just that; parameters keep their published names and shapes.
 
@@ -10,6 +10,7 @@ norm over channels is a norm over the last, contiguous dimension.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
         self.conv_in = FrameConv(config.input_channels, dims[0], 3)
         blocks: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(pairwise(dims)):
             for index in range(config.num_res_blocks):
                 blocks.append(ResidualBlock(in_dim if index == 0 else out_dim, out_dim))
             if level < len(config.temperal_downsample):
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
                 up=level < len(temporal),
                 temporal=level < len(temporal) and temporal[level],
             )
-            for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True))
+            for level, (in_dim, out_dim) in enumerate(pairwise(dims))
         )
         self.norm_out = ChannelNorm(dims[-1])
         self.conv_out = FrameConv(dims[-1], config.input_channels, 3)
