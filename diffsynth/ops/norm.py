@@ -12,17 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_CHUNK_ELEMENTS = 1 << 21
+"""Elements normalised at a time outside autograd: bounds the fp32 copies that the kernel may make of its input."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, inplace: bool = False) -> Tensor:
+    """`x / rms(x) * weight` over the last dimension, statistics in fp32 (https://arxiv.org/abs/1910.07467).
+
+    Args:
+        x: `[..., D]`; outside autograd it passes in chunks of its first dimension.
+        weight: `[D]`.
+        eps: added to the mean square.
+        inplace: overwrite `x`; ignored under autograd.
+    """
+    rows = max(_CHUNK_ELEMENTS * len(x) // max(x.numel(), 1), 1)
+    if torch.is_grad_enabled() or (rows >= len(x) and not inplace):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    out = x if inplace else torch.empty_like(x)
+    for source, target in zip(x.split(rows), out.split(rows), strict=True):
+        target.copy_(F.rms_norm(source, weight.shape, weight, eps))
+    return out
+
+
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dimension, statistics in fp32 (https://arxiv.org/abs/1910.07467)."""
+    """`rms_norm` with a learned weight."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x [..., dim]`."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """Normalise `x [..., dim]`; `inplace` overwrites it where no autograd needs it."""
+        return rms_norm(x, self.weight, self.eps, inplace=inplace)
 
 
 def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float = 1e-6) -> Tensor:
@@ -47,9 +69,9 @@ def modulated_rms_norm(
     """Return `rms_norm(x) * weight * (1 + scale) + shift`; arguments as in `modulated_layer_norm`."""
     weights = (weight.float() * (1 + scale.float())).to(x.dtype)
     if len(weights) == 1:
-        return F.rms_norm(x, x.shape[-1:], weights[0], eps).add_(shift[0])
+        return rms_norm(x, weights[0], eps).add_(shift[0])
     parts = zip(x.split(lengths), weights, shift, strict=True)
-    return torch.cat([F.rms_norm(part, part.shape[-1:], row, eps).add_(bias) for part, row, bias in parts])
+    return torch.cat([rms_norm(part, row, eps).add_(bias) for part, row, bias in parts])
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,20 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to what turns the picture upright."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a picture file says of itself."""
+
+    format: str
+    """"PNG", "JPEG" or "WEBP"."""
+    width: int
+    """In pixels, before the EXIF orientation is applied."""
+    height: int
+    parameters: dict[str, Any] | None
+    """See `read_parameters`."""
+
 
 # Reading
 
@@ -116,8 +131,23 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         MissingFileError, CorruptFileError, InvalidInputError: see `load_image`.
     """
+    return read_header(path).parameters
+
+
+def read_header(path: str | os.PathLike[str]) -> ImageHeader:
+    """What a picture is, without decoding it.
+
+    Raises:
+        MissingFileError, CorruptFileError, InvalidInputError: see `load_image`.
+    """
     with _opened(path) as image:
         text = image.info.get(PARAMETERS) or _user_comment(image)
+        kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further pictures behind it
+        width, height = image.size
+    return ImageHeader(kind, width, height, _from_text(text))
+
+
+def _from_text(text: object) -> dict[str, Any] | None:
     if not isinstance(text, str) or not text:
         return None
     try:
@@ -294,8 +324,7 @@ def save_image(
         OutputError: the file cannot be written; nothing of it is left.
     """
     kind = image_format(path)
-    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise InvalidInputError(f"quality={quality!r} must be a whole number from 1 to 100.")
+    check_quality(quality)
     text = _to_text(parameters) if parameters is not None else image.info.get(PARAMETERS)
     # Not `Path.resolve` of the whole path for messages: people look for the name they gave.
     target = Path(os.path.realpath(path))
@@ -323,6 +352,12 @@ def image_format(path: str | os.PathLike[str]) -> str:
         shown = f"ends in {suffix!r}" if suffix else "has no suffix"
         raise InvalidInputError(f"The image path {str(path)!r} {shown}; use one of {', '.join(FORMATS)}.")
     return FORMATS[suffix]
+
+
+def check_quality(quality: object) -> None:
+    """Raise InvalidInputError unless `quality` is one of JPEG and WebP: a whole number from 1 to 100."""
+    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise InvalidInputError(f"quality={quality!r} must be a whole number from 1 to 100.")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -30,7 +30,7 @@ class KeyLayout:
     ignored: tuple[str, ...] = ()
     """File prefixes of tensors that the component holds but no task here reads."""
     squeezed: bool = False
-    """Whether 1x1 convolutions of the file are linear layers here: trailing ones of a shape are dropped where needed."""
+    """Whether 1x1 convolutions of the file may be linear layers here: trailing ones of a shape are then dropped."""
 
     def is_ignored(self, file_name: str) -> bool:
         """Whether the tensor is deliberately never read."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffsynth.runtime.errors import InvalidInputError, MissingFileError
-from diffsynth.weights import hub
+from ..runtime.errors import InvalidInputError, MissingFileError
+from . import hub
+from .local import escapes
 
 if TYPE_CHECKING:  # importing this module must not cost an import of torch
     import torch
@@ -149,7 +150,7 @@ def _check_paths(paths: list[str | Path]) -> None:
 def _check_pattern(pattern: object) -> None:
     if not isinstance(pattern, str):
         raise InvalidInputError(f"origin_file_pattern={pattern!r} must be a string or a list of strings.")
-    if hub.escapes(pattern) or "\\" in pattern or "//" in pattern or pattern.startswith("./"):
+    if escapes(pattern) or "\\" in pattern or "//" in pattern or pattern.startswith("./"):
         raise InvalidInputError(
             f"origin_file_pattern={pattern!r} must be relative to the repository, with / between folders and without .."
         )

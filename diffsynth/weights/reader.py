@@ -5,8 +5,7 @@ Format: https://github.com/huggingface/safetensors#format (8-byte little-endian 
 
 import json
 import logging
-import math
-import struct
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+"""Bytes per element of every dtype that PyTorch can hold; the format has a few more, of less than a byte."""
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_MAX_ELEMENTS = 2**63 - 1
+_LONGEST_REASON = 300  # characters of a header's own text that may get into a message
 
 
 @dataclass(frozen=True)
@@ -44,48 +45,69 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         MissingFileError: there is no such file.
         UnsafeFileError: the file is a pickle.
-        CorruptFileError: the file is empty, truncated, a git-LFS pointer, or no safetensors file.
+        CorruptFileError: the file is empty, truncated, a Git LFS pointer, or no safetensors file.
+        InvalidInputError: it is a folder, or a GGUF file.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "folder" if stat.S_ISDIR(status.st_mode) else "device or pipe"
+            raise InvalidInputError(f"{path} is a {kind} where a safetensors file was expected.")
         with path.open("rb") as file:
-            start = file.read(8)
-            _refuse_foreign(path, start, size)
-            (length,) = struct.unpack("<Q", start)
-            if length > MAX_HEADER_BYTES or length + 8 > size:
-                expected = f"a header of {length:,} bytes" if length <= MAX_HEADER_BYTES else "a sane header size"
-                raise CorruptFileError(
-                    f"{path} is no complete safetensors file: it should begin with {expected}, but the whole file has "
-                    f"{size:,} bytes. Download it again."
-                )
+            length = _header_length(path, file.read(9), status.st_size)
+            file.seek(8)
             raw = file.read(length)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"There is no file {path.absolute()}.") from None
-    except IsADirectoryError:
-        raise InvalidInputError(f"{path} is a folder where a safetensors file was expected.") from None
-    return _parse_header(path, raw, size - 8 - length)
+    except OSError as error:
+        raise MissingFileError(f"{path.absolute()} cannot be read: {error.strerror}.") from error
+    return _parse_header(path, raw, status.st_size)
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    """Bytes of the header, from the first nine bytes of the file.
+
+    Impostors are named only once the file cannot be what it should be: a header's length may begin with any byte, also
+    with those that pickles and HTML pages begin with.
+    """
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UnsafeFileError(_PICKLE.format(path))
+    length = int.from_bytes(start[:8], "little")
+    if len(start) == 9 and start[8:] == b"{" and length <= min(MAX_HEADER_BYTES, size - 8):
+        return length
+    _refuse_foreign(path, start, size)
+    if size < 8:
+        raise CorruptFileError(f"{path} has {size} bytes, too few for a safetensors file. Download it again.")
+    if length > MAX_HEADER_BYTES:
+        problem = f"would begin with a header of {length} bytes, where {MAX_HEADER_BYTES} are the most allowed"
+    elif length > size - 8:
+        problem = f"has {size} bytes, which do not hold a whole safetensors header of {length} bytes"
+    else:
+        problem = "has a damaged safetensors header, which does not begin with '{'"
+    raise CorruptFileError(f"{path} {problem}. Download it again.")
+
+
+_PICKLE = (
+    "{} is a pickle file: opening it can run code that its author put there, so it is refused. Use the safetensors "
+    "version of this model, or convert the file on a machine you can afford to lose."
+)
 
 
 def _refuse_foreign(path: Path, start: bytes, size: int) -> None:
     """Name the usual impostors, so that nobody has to guess from a parser's message."""
     if start.startswith(b"version "):
         raise CorruptFileError(
-            f"{path} is a git-LFS pointer ({size} bytes), not the weights themselves. Run `git lfs pull` in that "
+            f"{path} is a Git LFS pointer ({size} bytes), not the weights themselves. Run `git lfs pull` in that "
             "repository, or download the file from its hub."
         )
-    zipped = start.startswith(b"PK\x03\x04")
-    pickled = start[:1] == b"\x80" and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"} and start[2:] != bytes(6)
-    if path.suffix.lower() in PICKLE_SUFFIXES or zipped or pickled:
-        raise UnsafeFileError(
-            f"{path} is a pickle file: opening it can run code that its author put there, so it is refused. Use the "
-            "safetensors version of this model, or convert the file on a machine you can afford to lose."
-        )
+    # A length below 64 KiB, all of whose upper bytes are zero, is a truncated safetensors file and no pickle.
+    pickled = start[:1] == b"\x80" and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"} and start[2:8] != bytes(6)
+    if pickled or start.startswith(b"PK\x03\x04"):
+        raise UnsafeFileError(_PICKLE.format(path))
     if start.startswith(b"GGUF"):
         raise InvalidInputError(f"{path} is a GGUF file, which is not supported. Use the safetensors version.")
-    if start.lstrip()[:1] == b"<":
-        raise CorruptFileError(f"{path} is an HTML page, probably a hub's error message. Download the file again.")
-    if size < 8:
-        raise CorruptFileError(f"{path} has {size} bytes, too few for a safetensors file. Download it again.")
+    if start.lstrip().startswith(b"<") and b"\0" not in start:
+        raise CorruptFileError(f"{path} is an HTML page, probably a hub's error message. Download it again.")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,36 +117,60 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse_header(path: Path, raw: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
-        metadata = header.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata is no JSON object")
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is no JSON object of strings")
         spans, tensors = [], {}
         for name, entry in header.items():
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or dtype not in DTYPE_BITS:
-                raise ValueError(f"tensor {name!r} has an impossible dtype, shape or place")
-            if (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8 != end - begin:
-                raise ValueError(f"tensor {name!r} of shape {list(shape)} {dtype} cannot take {end - begin} bytes")
+            name.encode()  # refuses half of a surrogate pair, which nothing could print
+            if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+                raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
+            dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+                raise ValueError(f"tensor {name!r} has dtype {dtype!r}, which cannot be read")
+            if not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2:
+                raise ValueError(f"tensor {name!r} has an impossible shape or place")
+            begin, end = place
+            if _elements(shape) * DTYPE_BYTES[dtype] != end - begin:
+                raise ValueError(f"tensor {name!r} of dtype {dtype} has a shape that cannot take {end - begin} bytes")
             spans.append((begin, end))
-            tensors[name] = TensorInfo(path, dtype, shape, end - begin)
-    except (ValueError, TypeError, KeyError, RecursionError, UnicodeDecodeError, AttributeError) as error:
-        raise CorruptFileError(f"{path} has a damaged safetensors header: {error}. Download it again.") from error
+            tensors[name] = TensorInfo(path, dtype, tuple(shape), end - begin)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if len(str(error)) <= _LONGEST_REASON else f"{str(error)[:_LONGEST_REASON]}..."
+        raise CorruptFileError(f"{path} has a damaged safetensors header: {reason}. Download it again.") from error
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise CorruptFileError(f"{path} has a damaged safetensors header: tensors overlap or leave a hole.")
+            raise CorruptFileError(
+                f"{path} has a damaged safetensors header: tensors overlap or leave a hole. Download it again."
+            )
         position = end
-    if position != data_bytes:
+    expected = 8 + len(raw) + position
+    if size != expected:
         raise CorruptFileError(
-            f"{path} is truncated or damaged: its header announces {position:,} bytes of weights, the file holds "
-            f"{data_bytes:,}. Download it again."
+            f"{path} has {size} bytes, expected {expected} by its header: it is truncated or damaged. "
+            "Download it again."
         )
     return tensors, metadata
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _elements(shape: list[int]) -> int:
+    """Product of the shape; stops at what no file can hold, so that a hostile shape costs nothing."""
+    count = 1
+    for n in shape:
+        if n > _MAX_ELEMENTS or (count := count * n) > _MAX_ELEMENTS:
+            raise ValueError("a tensor is larger than any file")
+    return count
 
 
 class CheckpointReader(Mapping[str, TensorInfo]):
@@ -175,9 +221,12 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         The tensor is a view of the memory-mapped file: its pages are read when they are first touched, and shared with
         the system's file cache. Writing to it copies the page (the mapping is private); the file never changes.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self._tensors[name].file
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt", device="cpu")
-        return self._open[path].get_tensor(name)
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            return self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{path} can no longer be read: {error}. Was it changed meanwhile?") from error

@@ -19,7 +19,7 @@ from filelock import FileLock
 from hub_server import HubServer, running_server, safetensors
 
 from diffsynth.runtime.errors import DownloadError, InvalidInputError, MissingFileError
-from diffsynth.weights import hub
+from diffsynth.weights import hub, local
 
 REPO = "someone/a-model"
 SHARDS = [f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -169,7 +169,7 @@ def test_linked_folder_counts(server: HubServer, root: Path, tmp_path: Path) -> 
     (root / REPO / "transformer").symlink_to(tmp_path / "elsewhere" / "transformer")
     (tmp_path / "elsewhere" / "transformer" / "loop").symlink_to(root / REPO)
     assert names(hub.fetch(REPO, [SHARD_GLOB], root=root), root) == SHARDS
-    assert hub._local_names(root / REPO) == SHARDS
+    assert local.local_names(root / REPO) == SHARDS
     assert server.requests == []
 
 
@@ -260,7 +260,7 @@ def test_unreadable_record_is_ignored(
 ) -> None:
     hub.fetch(REPO, ["tokenizer/"], source=source, root=root)
     (root / REPO / ".diffsynth" / "record.json").write_text('{"files": [')
-    with caplog.at_level(logging.WARNING, logger=hub.__name__):
+    with caplog.at_level(logging.WARNING, logger=local.__name__):
         assert hub.fetch(REPO, ["tokenizer/"], source=source, root=root, skip=True)
     assert "record.json" in caplog.text
 
@@ -337,6 +337,7 @@ def test_unknown_repository(server: HubServer, source: str, root: Path) -> None:
     title = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}[source]
     assert f"someone/nothing on {title} does not exist" in text
     assert "vae/" in text
+    assert not root.exists(), "the attempt leaves nothing behind"
 
 
 def test_unknown_file_names_the_closest(server: HubServer, source: str, root: Path) -> None:

@@ -113,8 +113,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`x [T, D]` to `[T, D]`."""
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.to_q, self.to_k, self.to_v))
-        q = rotate_half(self.norm_q(q), layout.cos, layout.sin)
-        k = rotate_half(self.norm_k(k), layout.cos, layout.sin)
+        q = rotate_half(self.norm_q(q, inplace=True), layout.cos, layout.sin)
+        k = rotate_half(self.norm_k(k, inplace=True), layout.cos, layout.sin)
         return self.to_out[0](packed_attention(q, k, v, layout.packing.lengths).flatten(1))
 
 

@@ -7,7 +7,10 @@ latents are folded 2x2 into 128 channels at 1/16 and normalised by the running s
 Shapes: pixels `[B, 3, H, W]` in -1..1, latents `[B, 128, H/16, W/16]`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +58,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_dim, H, W]` to `[B, out_dim, H, W]`."""
         h = self.conv1(_norm_silu(self.norm1, x))
-        h = self.conv2(_norm_silu(self.norm2, h))
+        h = _norm_silu(self.norm2, h)  # rebinding drops the convolution's output before the next one is made
+        h = self.conv2(h)
         shortcut = self.conv_shortcut(x)
         return h + shortcut if torch.is_grad_enabled() else h.add_(shortcut)
 
@@ -114,11 +118,9 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Resample(out_dim, up=False)] if down else [])
         self.upsamplers = nn.ModuleList([Resample(out_dim, up=True)] if up else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, in_dim, H, W]` to `[B, out_dim, H', W']`."""
-        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = block(x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        """Its layers in order. The caller runs them: a forward of this level would keep its input alive to the end."""
+        return chain(self.resnets, self.downsamplers, self.upsamplers)
 
 
 class Encoder(nn.Module):
@@ -140,8 +142,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, 3, H, W]` to `[B, 2 * latent_channels, H/8, W/8]`."""
         x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
+        for layer in chain.from_iterable(cast(Level, level).layers() for level in self.down_blocks):
+            x = layer(x)
         return self.conv_out(_norm_silu(self.conv_norm_out, self.mid_block(x)))
 
 
@@ -164,8 +166,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, latent_channels, h, w]` to `[B, 3, 8h, 8w]`."""
         x = self.mid_block(self.conv_in(x))
-        for level in self.up_blocks:
-            x = level(x)
+        for layer in chain.from_iterable(cast(Level, level).layers() for level in self.up_blocks):
+            x = layer(x)
         return self.conv_out(_norm_silu(self.conv_norm_out, x))
 
 

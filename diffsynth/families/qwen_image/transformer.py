@@ -156,9 +156,15 @@ class JointAttention(nn.Module):
         join = layout.packing.join_txt_img
         # One projection at a time: its two parts are freed before the next is made.
         v = join(self.heads(self.add_v_proj(txt)), self.heads(self.to_v(img)))
-        k = join(self.norm_added_k(self.heads(self.add_k_proj(txt))), self.norm_k(self.heads(self.to_k(img))))
+        k = join(
+            self.norm_added_k(self.heads(self.add_k_proj(txt)), inplace=True),
+            self.norm_k(self.heads(self.to_k(img)), inplace=True),
+        )
         k = rotate_pairs(k, layout.rotary)
-        q = join(self.norm_added_q(self.heads(self.add_q_proj(txt))), self.norm_q(self.heads(self.to_q(img))))
+        q = join(
+            self.norm_added_q(self.heads(self.add_q_proj(txt)), inplace=True),
+            self.norm_q(self.heads(self.to_q(img)), inplace=True),
+        )
         q = rotate_pairs(q, layout.rotary)
         attended = packed_attention(q, k, v, layout.packing.lengths)
         del q, k, v

@@ -9,12 +9,16 @@ Shapes: pixels `[B, 3, H, W]` in -1..1, latents `[B, z_dim, H/8, W/8]`. Activati
 norm over channels is a norm over the last, contiguous dimension.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...ops.norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,12 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
         """Normalise `x [B, C, H, W]`."""
-        channels = x.shape[1]
-        rows = x.permute(0, 2, 3, 1)
+        b, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(b * h * w, c)
         # The reference divides by max(||x||, 1e-12); as a mean of squares that floor is 1e-24 / C.
-        out = F.rms_norm(rows, (channels,), self.gamma.flatten(), eps=1e-24 / channels)
-        return (F.silu(out, inplace=not torch.is_grad_enabled()) if silu else out).permute(0, 3, 1, 2)
+        out = rms_norm(rows, self.gamma.flatten(), eps=1e-24 / c)
+        out = F.silu(out, inplace=not torch.is_grad_enabled()) if silu else out
+        return out.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -83,7 +88,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_dim, H, W]` to `[B, out_dim, H, W]`."""
         h = self.conv1(self.norm1(x, silu=True))
-        h = self.conv2(self.norm2(h, silu=True))
+        h = self.norm2(h, silu=True)  # rebinding drops the convolution's output before the next one is made
+        h = self.conv2(h)
         shortcut = self.conv_shortcut(x)
         return h + shortcut if torch.is_grad_enabled() else h.add_(shortcut)
 
@@ -173,11 +179,9 @@ class UpBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([Resample(out_dim, up=True, temporal=temporal)] if up else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, in_dim, H, W]` to `[B, out_dim / 2, 2H, 2W]`, or `[B, out_dim, H, W]` at the last level."""
-        for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        """Its layers in order. The caller runs them: a forward of this block would keep its input alive to the end."""
+        return chain(self.resnets, self.upsamplers)
 
 
 class Decoder(nn.Module):
@@ -205,8 +209,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, z_dim, H/8, W/8]` to `[B, 3, H, W]`."""
         x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
+        for layer in chain.from_iterable(cast(UpBlock, block).layers() for block in self.up_blocks):
+            x = layer(x)
         return self.conv_out(self.norm_out(x, silu=True))
 
 
