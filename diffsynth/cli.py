@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .jobs import SETTINGS, Job, option_name, plan_jobs, read_prompts
+from .jobs import RUN_SETTINGS, SETTINGS, Job, option_name, plan_jobs, read_prompts
 from .runtime.errors import DiffSynthError, InvalidInputError, MissingFileError
 from .runtime.log import setup_logging
 from .version import __version__
@@ -218,34 +218,37 @@ def _pipeline_class(family: "Family") -> Any:
 
 def _whole_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of the pipeline's call that are the same for every prompt, checked; only those that were given."""
-    from .generate import Tiling, positive_int
     from .runtime.device import resolve_device
 
-    keywords: dict[str, Any] = {"cfg_normalize": False} if given["no_cfg_normalize"] else {}
+    keywords: dict[str, Any] = {
+        name: setting.check(option_name(name), given[name])
+        for name, setting in RUN_SETTINGS.items()
+        if given[name] is not None
+    }
     if given["rand_device"] is not None:
-        keywords["rand_device"] = str(resolve_device(given["rand_device"], "--rand-device"))
-    if given["batch_size"] is not None:
-        keywords["batch_size"] = positive_int("--batch-size", given["batch_size"])
-    tiles = {name: given[f"tile_{name}"] for name in ("size", "stride") if given[f"tile_{name}"] is not None}
+        keywords["rand_device"] = str(resolve_device(given["rand_device"], "rand_device"))
+    if given["no_cfg_normalize"]:
+        keywords["cfg_normalize"] = False
     if given["tiled"]:
-        Tiling(**tiles)
-        keywords |= {"tiled": True} | {f"tile_{name}": value for name, value in tiles.items()}
-    elif tiles:
+        keywords["tiled"] = True
+    elif keywords.keys() & {"tile_size", "tile_stride"}:
         logger.warning("--tile-size and --tile-stride have no effect without --tiled.")
     return keywords
 
 
 def _check_belongs(family: "Family", pipeline_class: Any, keys: set[str], whole_run: Mapping[str, Any]) -> None:
-    """Refuse settings that this family's pipeline does not have."""
+    """Refuse settings that this family's pipeline does not have, and tiles that leave gaps."""
     import inspect
 
     accepted = inspect.signature(pipeline_class.__call__).parameters
     options = {keyword: option_name(key) for key in keys if (keyword := SETTINGS[key].keyword) is not None}
-    options |= {keyword: option_name(keyword) for keyword in whole_run}
-    for keyword, option in options.items():
+    options |= {keyword: option_name(keyword) for keyword in whole_run} | {"cfg_normalize": "--no-cfg-normalize"}
+    for keyword in [*options.keys() - {"cfg_normalize"}, *whole_run]:
         if keyword not in accepted:
-            shown = "--no-cfg-normalize" if keyword == "cfg_normalize" else option
-            raise InvalidInputError(f"{shown} does not belong to {family.spec.title}. Leave it out.")
+            raise InvalidInputError(f"{options[keyword]} does not belong to {family.spec.title}. Leave it out.")
+    size, stride = (whole_run.get(name, accepted[name].default) for name in ("tile_size", "tile_stride"))
+    if whole_run.get("tiled") and stride > size:
+        raise InvalidInputError(f"--tile-stride {stride} must be at most --tile-size {size}, or the tiles leave gaps.")
 
 
 def _load(pipeline_class: Any, family: "Family", folder: Path | None, given: Mapping[str, Any]) -> Any:
@@ -341,7 +344,8 @@ def _print_image(report: "ImageReport") -> None:
     if report.format is not None:
         _print_row("image", f"{report.format}, {report.width}x{report.height} pixels")
     for key, value in (report.parameters or {}).items():
-        _print_row(key, value)
+        if value is not None:  # did not apply
+            _print_row(key, value)
     if report.format is not None and report.parameters is None:
         _print_row("parameters", "none in it")
     if report.problem:
@@ -395,10 +399,10 @@ def _print_names(label: str, names: list[str]) -> None:
 
 def _print_row(label: str, value: object) -> None:
     """One line; text that could move the cursor (line breaks, escapes of a foreign file) is shown quoted."""
-    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value, ensure_ascii=False)
     if not text.isprintable():
         text = json.dumps(value)
-    click.echo(f"  {label + ' ':<20}{text}")
+    click.echo(f"  {label if label.isprintable() else json.dumps(label)} ".ljust(22) + text)
 
 
 def _human(number: int, base: int, units: tuple[str, ...], exact_unit: str = "") -> str:

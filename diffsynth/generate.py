@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .memory.attach import in_use
 from .ops.tiling import tiled_apply
 from .runtime.errors import GenerationCancelled, InvalidInputError, NonFiniteError
-from .runtime.rng import noise, noise_device
+from .runtime.rng import noise
 from .sampling.guidance import classifier_free
 from .sampling.schedule import FlowMatchScheduler
 from .sampling.solvers import euler_step, mix
@@ -95,6 +95,7 @@ class Request:
     """fp32 `[1, 3, H, W]` in -1..1, the start of image-to-image."""
     strength: float = 1.0
     rand_device: str = "cpu"
+    """Where noise is drawn; a device that exists."""
     noise_dtype: torch.dtype = torch.float32
     tiling: Tiling | None = None
     batch_size: int = 1
@@ -217,7 +218,7 @@ def _initial(
     family: Family, request: Request, seed: int | None, sigmas: Tensor, image_latents: Tensor | None
 ) -> Tensor:
     shape = family.latent_shape(request.height, request.width)
-    drawn = noise(shape, seed, noise_device(request.rand_device), request.noise_dtype).float().cpu()
+    drawn = noise(shape, seed, torch.device(request.rand_device), request.noise_dtype).float().cpu()
     return drawn if image_latents is None else mix(image_latents.cpu(), drawn, sigmas[0])
 
 

@@ -56,6 +56,10 @@ SETTINGS: Mapping[str, Setting] = {
     "out": Setting(None, str),
 }
 """By the key in a .jsonl file, which is the name of the option."""
+RUN_SETTINGS: Mapping[str, Setting] = {
+    name: Setting(name, int, 1, 65_536) for name in ("tile_size", "tile_stride", "batch_size")
+}
+"""By the name of the option: the same for all images of a run."""
 
 
 def option_name(key: str) -> str:

@@ -6,7 +6,6 @@
 4. hand it to `memory`, where its config asks for that.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import nn
 
 from .memory.attach import Residence, attach
 from .recognise import MemoryReader, Reader, Recognised, recognise
-from .runtime.errors import CorruptFileError, InvalidInputError, MissingFileError, WrongModelError
+from .runtime.errors import InvalidInputError, MissingFileError, UnsafeFileError, WrongModelError
 from .spec import ComponentSpec, Family
+from .weights.local import INDEX_SUFFIX, indexed_files
 from .weights.model_config import ModelConfig
-from .weights.reader import CheckpointReader
+from .weights.reader import PICKLE_SUFFIXES, CheckpointReader
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +60,34 @@ def load_components(
                 _check_place(recognised, family, found)
                 found[recognised.component.name] = (recognised, config)
     _check_all_there(family, found, known if wanted is None else wanted)
+    chosen = {name: found[name] for name in found if wanted is None or name in wanted}
+    residences = {name: Residence.of(config, dtype, device) for name, (_, config) in chosen.items()}
     return {
-        name: _fill(recognised, config, dtype, device, vram_limit)
-        for name, (recognised, config) in found.items()
-        if wanted is None or name in wanted
+        name: _fill(recognised, residences[name], dtype, device, vram_limit) for name, (recognised, _) in chosen.items()
     }
 
 
 def _readers(config: ModelConfig, family: Family) -> list[Reader]:
+    if config.clear_parameters:
+        logger.warning("clear_parameters has no effect: weights on the device are always dropped after use.")
     if config.state_dict is not None:
-        return [MemoryReader(config.state_dict)]
-    paths = config.resolve()
-    if len(paths) == 1 and paths[0].is_dir():
-        return [CheckpointReader(files) for files in weight_files(paths[0], family.spec.components)]
-    return [CheckpointReader(paths)]
+        paths = config.resolve() if config.path is not None else []
+        folder = (paths[0] if paths[0].is_dir() else paths[0].parent) if paths else None
+        return [MemoryReader(config.state_dict, folder)]
+    groups: list[list[Path]] = []
+    files: dict[Path, list[Path]] = {}
+    for path in config.resolve():
+        if path.is_dir():
+            groups += weight_files(path, family.spec.components)
+        elif path.name.endswith(INDEX_SUFFIX):
+            groups.append(_listed(path))
+        else:
+            files.setdefault(path.parent, []).append(path)
+    if all((folder / "config.json").is_file() for folder in files):
+        groups += files.values()  # each its own component
+    else:
+        groups.append([path for group in files.values() for path in group])
+    return [CheckpointReader(group) for group in groups]
 
 
 def weight_files(folder: Path, components: Sequence[ComponentSpec]) -> list[list[Path]]:
@@ -81,27 +95,35 @@ def weight_files(folder: Path, components: Sequence[ComponentSpec]) -> list[list
 
     Raises:
         MissingFileError: there are none, or an index names a shard that is not there.
+        UnsafeFileError: the weights are pickles.
+        CorruptFileError: the index of the shards cannot be used.
     """
     folders = [folder / component.folder for component in components if (folder / component.folder).is_dir()]
     groups = [files for place in folders or [folder] if (files := _shards(place))]
-    if not groups:
-        listed = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise MissingFileError(f"No *.safetensors in {folder.absolute()} (it holds {listed}).")
-    return groups
+    if groups:
+        return groups
+    for place in folders or [folder]:
+        if pickles := sorted(path.name for path in place.iterdir() if path.suffix.lower() in PICKLE_SUFFIXES):
+            raise UnsafeFileError(
+                f"{place.absolute()} holds weights only as pickles ({pickles[0]}): opening one can run code that its "
+                "author put there, so they are refused. Use the safetensors version of this model."
+            )
+    listed = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise MissingFileError(f"No *.safetensors in {folder.absolute()} (it holds {listed}).")
 
 
 def _shards(folder: Path) -> list[Path]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{indices[0]} is no valid index of shards: {error!r}. Download it again.") from error
-    for name in names:
-        if not (folder / name).is_file() or Path(name).name != name:
-            raise MissingFileError(f"{indices[0]} lists the shard {name!r}, which is not in {folder.absolute()}.")
-    return [folder / name for name in names]
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"), key=lambda path: (len(path.name), path.name))
+    return _listed(indices[0]) if indices else sorted(folder.glob("*.safetensors"))  # shortest: no variant as fp16
+
+
+def _listed(index: Path) -> list[Path]:
+    """The shards that an index names."""
+    paths = [index.parent / name for name in indexed_files(index.parent, index.name)]
+    for path in paths:
+        if not path.is_file():
+            raise MissingFileError(f"{index} lists the shard {path.name!r}, which is not in {path.parent.absolute()}.")
+    return paths
 
 
 def _check_place(recognised: Recognised, family: Family, found: dict[str, tuple[Recognised, ModelConfig]]) -> None:
@@ -129,10 +151,13 @@ def _check_all_there(family: Family, found: dict[str, Any], wanted: Sequence[str
 
 
 def _fill(
-    recognised: Recognised, config: ModelConfig, dtype: torch.dtype, device: torch.device, vram_limit: float | None
+    recognised: Recognised,
+    residence: Residence | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    vram_limit: float | None,
 ) -> nn.Module:
     module, reader = recognised.module, recognised.reader
-    residence = Residence.of(config, dtype, device)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
     def read(our_name: str) -> torch.Tensor:

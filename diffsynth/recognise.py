@@ -4,9 +4,9 @@
 read here.
 """
 
-import difflib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +17,38 @@ from torch import nn
 
 from .registry import FAMILIES
 from .runtime.errors import CorruptFileError, InvalidInputError, KeyMismatchError, UnknownModelError
-from .spec import ComponentSpec, Family, Shapes
+from .spec import ComponentSpec, Family
 from .weights.keymap import KeyLayout
 from .weights.reader import CheckpointReader, TensorInfo
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 8  # names listed of each kind in a message
+_ALIKE = 0.9  # share of names from which on a file is taken for a known model of another size
+_FLOATING = ("F", "BF", "torch.float", "torch.bfloat")  # beginnings of dtypes, in files and in memory
 
 
 class MemoryReader(Mapping[str, TensorInfo]):
-    """A state dict that is already in memory, behind the interface of `CheckpointReader`."""
+    """A state dict that is already in memory, behind the interface of `CheckpointReader`.
 
-    def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+    Args:
+        state_dict: tensors by name.
+        folder: where its `config.json` is, if there is one.
+
+    Raises:
+        InvalidInputError: something in it is no tensor.
+    """
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor], folder: Path | None = None) -> None:
+        if not isinstance(state_dict, Mapping):
+            raise InvalidInputError(f"state_dict must map names to tensors; got a {type(state_dict).__name__}.")
+        for name, value in state_dict.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                kind = "null" if value is None else type(value).__name__
+                raise InvalidInputError(f"state_dict must map names to tensors; {name!r} is a {kind}.")
         self._tensors = dict(state_dict)
         self.paths: tuple[Path, ...] = ()
+        self.folder = folder
         self.metadata: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -78,7 +95,7 @@ class Recognised:
     missing: list[str] = field(default_factory=list)
     """File names of tensors the component needs and the file lacks."""
     misshaped: list[str] = field(default_factory=list)
-    """`name: [shape in the file] instead of [shape]`."""
+    """`name: [shape in the file] instead of [shape]`, or the same for dtypes."""
 
     @property
     def complete(self) -> bool:
@@ -116,28 +133,33 @@ def recognise(reader: Reader) -> list[Recognised]:
         raise UnknownModelError(_unknown(reader))
     for candidate in found:
         if not candidate.complete:
-            raise KeyMismatchError(_mismatch(candidate))
-    extra = set(reader) - set().union(*(candidate.claimed for candidate in found))
-    if extra:
+            raise KeyMismatchError(_mismatch(candidate, _extra(reader, found)))
+    if extra := _extra(reader, found):
         names = ", ".join(candidate.title for candidate in found)
         raise KeyMismatchError(
-            f"{reader.describe()} ({names}) holds {_some(extra, 'tensor')} that do not belong there."
+            f"{reader.describe()} ({names}) holds {_counted(extra, 'tensor')} that do not belong there."
         )
     return found
 
 
+def _extra(reader: Reader, found: Sequence[Recognised]) -> set[str]:
+    """Names in the file that belong to none of its components."""
+    return set(reader) - set().union(*(candidate.claimed for candidate in found))
+
+
 def candidates(reader: Reader) -> list[Recognised]:
     """The best reading of every component whose marker is in `reader`, complete or not."""
-    config = _config_beside(reader.paths)
+    config = _config_beside(reader)
     found = []
     for family in FAMILIES:
         for component in family.spec.components:
             named = config is not None and _class_of(config) in component.class_names
+            marked = [layout for layout in component.layouts if layout.to_file(component.marker) in reader]
             readings = [
                 reading
-                for layout in component.layouts
-                if layout.to_file(component.marker) in reader
-                and (reading := _read_as(reader, family, component, layout, config if named else None)) is not None
+                for layout in (marked or component.layouts if named else marked)
+                if (reading := _read_as(reader, family, component, layout, config if named else None)) is not None
+                and reading.names
             ]
             if readings:
                 found.append(min(readings, key=lambda r: (len(r.missing) + len(r.misshaped), -len(r.claimed))))
@@ -150,27 +172,39 @@ def _read_as(
     reader: Reader, family: Family, component: ComponentSpec, layout: KeyLayout, config: Mapping[str, Any] | None
 ) -> Recognised | None:
     ours = {our_name: name for name in reader if (our_name := layout.to_ours(name)) is not None}
-    shapes = reader.shapes
-    try:
-        parsed = (
-            component.parse_config(config)
-            if config is not None
-            else component.infer_config({our_name: shapes[name] for our_name, name in ours.items()})
-        )
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        if config is None:
+    if config is None:
+        shapes = reader.shapes
+        try:
+            parsed = component.infer_config({our_name: shapes[name] for our_name, name in ours.items()})
+        except (KeyError, IndexError, ValueError, TypeError):
             return None  # the marker was there, but the tensors around it were not: some other model
-        if isinstance(error, InvalidInputError):
-            raise
-        raise InvalidInputError(f"config.json beside {reader.describe()} cannot be understood: {error}") from error
-    if parsed is None:
-        return None
-    reading = Recognised(family, component, layout, parsed, meta_build(component, parsed), reader)
-    _compare(reading, ours, shapes)
+        if parsed is None:
+            return None
+        module = meta_build(component, parsed)
+    else:
+        parsed, module = _build_from(config, component, reader)
+    reading = Recognised(family, component, layout, parsed, module, reader)
+    _compare(reading, ours)
     return reading
 
 
-def _compare(reading: Recognised, ours: Mapping[str, str], shapes: Shapes) -> None:
+def _build_from(config: Mapping[str, Any], component: ComponentSpec, reader: Reader) -> tuple[Any, nn.Module]:
+    """Typed config and module from a `config.json`, of which other libraries read a part."""
+    try:
+        parsed = component.parse_config(config)
+        return parsed, meta_build(component, parsed)
+    except (InvalidInputError, ImportError):
+        raise
+    except Exception as error:  # whatever those libraries raise for values they never expected
+        reason = str(error).replace("NoneType", "null")
+        raise InvalidInputError(
+            f"config.json beside {reader.describe()} cannot be understood ({type(error).__name__}: {reason}). "
+            "Download it again."
+        ) from error
+
+
+def _compare(reading: Recognised, ours: Mapping[str, str]) -> None:
+    parameters = {name for name, _ in reading.module.named_parameters()}
     unread = reading.component.unread(reading.config)
     reading.claimed = {name for name in reading.reader if reading.layout.is_ignored(name)}
     reading.claimed |= {name for our_name, name in ours.items() if our_name.startswith(unread)}
@@ -181,8 +215,10 @@ def _compare(reading: Recognised, ours: Mapping[str, str], shapes: Shapes) -> No
             continue
         reading.claimed.add(name)
         reading.names[our_name] = name
-        shape = shapes[name]
-        if shape != wanted and not (reading.layout.squeezed and without_ones(shape) == wanted):
+        shape, dtype = reading.reader[name].shape, reading.reader[name].dtype
+        if our_name in parameters and not dtype.startswith(_FLOATING):
+            reading.misshaped.append(f"{name}: {dtype} instead of a floating-point dtype")
+        elif shape != wanted and not (reading.layout.squeezed and without_ones(shape) == wanted):
             reading.misshaped.append(f"{name}: {list(shape)} instead of {list(wanted)}")
 
 
@@ -193,67 +229,108 @@ def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _config_beside(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """The parsed `config.json` in the folder of the files, if it is the config of some known component."""
-    if not paths or not (path := paths[0].parent / "config.json").is_file():
+def _config_beside(reader: Reader) -> dict[str, Any] | None:
+    """The parsed `config.json` in the folder of the files, if there is one."""
+    if reader.folder is None or not (path := reader.folder / "config.json").is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is no valid JSON: {error}. Download it again.") from error
     if not isinstance(config, dict):
         raise CorruptFileError(f"{path} is no JSON object. Download it again.")
-    known = {name for family in FAMILIES for c in family.spec.components for name in c.class_names}
-    return config if _class_of(config) in known else None
+    return config
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or [""]
-    return str(config.get("_class_name") or architectures[0])
+    """The class that a `config.json` names, or an empty string."""
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    return str(config.get("_class_name") or first)
 
 
-def _some(names: Sequence[str] | set[str], noun: str) -> str:
+def _some(names: Sequence[str] | set[str]) -> str:
     shown = sorted(names)[:_SHOWN]
-    more = f", and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f"{len(names)} {noun}{'s' if len(names) != 1 else ''} ({', '.join(shown)}{more})"
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def _mismatch(reading: Recognised) -> str:
+def _counted(names: Sequence[str] | set[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'s' if len(names) != 1 else ''} ({_some(names)})"
+
+
+def _mismatch(reading: Recognised, extra: set[str]) -> str:
     parts = []
     if reading.missing:
-        parts.append(f"lacks {_some(reading.missing, 'tensor')}")
+        parts.append(f"lacks {_counted(reading.missing, 'tensor')}")
     if reading.misshaped:
-        parts.append(f"has {_some(reading.misshaped, 'mis-shaped tensor')}")
+        parts.append(f"has {_counted(reading.misshaped, 'mis-shaped tensor')}")
+    if extra:
+        parts.append(f"holds {_counted(extra, 'tensor')} that do not belong there")
     return (
         f"{reading.reader.describe()} looks like the {reading.title} but {' and '.join(parts)}. "
         "Check that all shards are given, and that config.json belongs to them."
     )
 
 
+@dataclass(frozen=True)
+class _Likeness:
+    """How alike the names of a file and of a component in one layout are, whatever the number of layers."""
+
+    title: str
+    share: float
+    """Names in common, of all names of both."""
+    only_here: list[str]
+    """In the file but not in the component."""
+    only_there: list[str]
+
+
+def _likeness(reader: Reader, family: Family, component: ComponentSpec, layout: KeyLayout) -> _Likeness:
+    config = component.parse_config(component.tiny)  # has every kind of layer
+    unread = component.unread(config)
+    here: dict[str, str] = {}
+    for name in sorted(reader):
+        if not layout.is_ignored(name) and not (unread and (layout.to_ours(name) or "").startswith(unread)):
+            here.setdefault(_unnumbered(name), name)
+    there: dict[str, str] = {}
+    for name in sorted(map(layout.to_file, meta_build(component, config).state_dict())):
+        there.setdefault(_unnumbered(name), name)
+    return _Likeness(
+        f"{component.title} of {family.spec.title}",
+        len(here.keys() & there.keys()) / max(len(here.keys() | there.keys()), 1),
+        [name for key, name in here.items() if key not in there],
+        [name for key, name in there.items() if key not in here],
+    )
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
 def _unknown(reader: Reader) -> str:
-    """Name the closest published component by the share of its names that the file has."""
-    best: tuple[float, str, list[str]] = (-1.0, "", [])
-    for family in FAMILIES:
-        for component in family.spec.components:
-            published = component.parse_config(_published_config(component))
-            ours = {component.layouts[0].to_file(name) for name in module_shapes(meta_build(component, published))}
-            share = len(ours & set(reader)) / len(ours)
-            if share > best[0]:
-                best = (share, f"{component.title} of {family.spec.title}", sorted(set(reader) - ours))
-    share, title, different = best
-    near = f"{share:.0%} of the names of the {title}, the closest known model, are in it" if share else "none is close"
-    hint = ""
-    if share == 1 or not different:
-        hint = (
-            " The names fit, but the shapes do not tell all numbers of the model: put its config.json beside the file."
-        )
-    elif different:
-        known = difflib.get_close_matches(different[0], ["transformer_blocks.0", "layers.0"], n=1)
-        hint = f" First names that differ: {', '.join(different[:_SHOWN])}.{'' if not known else ''}"
-    return f"{reader.describe()} is no model this package knows ({len(reader)} tensors; {near}).{hint}"
-
-
-def _published_config(component: ComponentSpec) -> Mapping[str, Any]:
-    """A `config.json` of the published numbers: empty for our own classes, whose defaults they are."""
-    tiny = dict(component.tiny)
-    return {"text_config": tiny["text_config"]} if "text_config" in tiny else {}
+    """Name the closest known component, and what keeps the file from being it."""
+    closest = max(
+        (
+            _likeness(reader, family, component, layout)
+            for family in FAMILIES
+            for component in family.spec.components
+            for layout in component.layouts
+        ),
+        key=lambda likeness: likeness.share,
+    )
+    parts = [f"{reader.describe()} is no model this package knows ({len(reader)} tensors)."]
+    if closest.share:
+        parts.append(f"Closest is the {closest.title}, with {closest.share:.0%} of the names in common.")
+        if closest.only_here:
+            parts.append(f"Only in the file: {_some(closest.only_here)}.")
+        if closest.only_there:
+            parts.append(f"Only in that model: {_some(closest.only_there)}.")
+    else:
+        parts.append(f"No known model has names like these: {_some(set(reader)) or 'it is empty'}.")
+    if any("lora_" in name for name in reader):
+        parts.append("It looks like a LoRA adapter, which is no model of its own.")
+    config = _config_beside(reader)
+    if config is not None:
+        parts.append(f"The config.json beside it is for {_class_of(config) or 'no class at all'}.")
+    elif closest.share > _ALIKE:
+        parts.append("Shapes do not tell all numbers of a model of another size: put its config.json beside it.")
+    return " ".join(parts)

@@ -29,6 +29,7 @@ from ..memory.attach import attachment_of
 from ..runtime.device import default_device, resolve_device
 from ..runtime.errors import InvalidInputError, MissingFileError
 from ..runtime.image import fit, from_pixels, to_pixels, with_parameters
+from ..runtime.rng import noise_device
 from ..sampling.schedule import FlowMatchScheduler
 from ..spec import Family, Guidance
 from ..version import __version__
@@ -223,7 +224,7 @@ class BasePipeline:
             scheduler=scheduler,
             image=None if input_image is None else to_pixels(fit(input_image, height, width)),
             strength=finite_float("denoising_strength", denoising_strength, 0, 1),
-            rand_device=str(resolve_device(rand_device, "rand_device")),
+            rand_device=str(noise_device(resolve_device(rand_device, "rand_device"))),
             noise_dtype=self.torch_dtype,
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             batch_size=positive_int("batch_size", batch_size),

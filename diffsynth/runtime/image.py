@@ -31,6 +31,12 @@ MAX_PIXELS = 178_956_970
 """Where Pillow itself calls a picture a decompression bomb."""
 PARAMETERS = "parameters"
 
+_WRITABLE_MODES = {
+    "PNG": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"},
+    "JPEG": {"L", "RGB"},
+    "WEBP": {"L", "LA", "P", "RGB", "RGBA"},
+}
+"""Others are converted rather than left to Pillow, which clips 16-bit values."""
 _READABLE = ("PNG", "JPEG", "WEBP")
 _OTHER_KINDS = (
     (b"GIF8", "a GIF image"), (b"BM", "a BMP image"), (b"II*\x00", "a TIFF image"), (b"MM\x00*", "a TIFF image"),
@@ -80,7 +86,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         InvalidInputError: another format, or more than `MAX_SIDE` pixels a side or `MAX_PIXELS` in all.
     """
     with _opened(path) as image:
-        return to_rgb(image)
+        return _decoded(image, f"The image {path}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -97,7 +103,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"Expected a PIL image, got {type(image).__name__}. Open the file with PIL.Image.open, or turn an array "
             "into an image with PIL.Image.fromarray."
         )
-    name = getattr(image, "filename", "") or "The image"
+    path = getattr(image, "filename", "")
+    return _decoded(image, f"The image {path}" if path else "The image")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
     _check_size(name, image.size)
     try:
         image.load()
@@ -165,7 +175,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
             start = file.read(512)
             file.seek(0)
             with _identified(path, file, start) as image:
-                _check_size(path, image.size)
+                _check_size(f"The image {path}", image.size)
                 yield image
     except FileNotFoundError:
         raise MissingFileError(f"There is no image {Path(path).absolute()}.") from None
@@ -179,7 +189,7 @@ def _identified(path: str | os.PathLike[str], file: Any, start: bytes) -> Image.
     try:
         return Image.open(file, formats=_READABLE)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path, str(error)) from error
+        raise _too_large(f"The image {path}", str(error)) from error
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -204,14 +214,14 @@ def _not_an_image(path: str | os.PathLike[str], start: bytes) -> CorruptFileErro
     return CorruptFileError(f"{path} is no PNG, JPEG or WebP image, or its beginning is damaged.")
 
 
-def _check_size(name: str | os.PathLike[str], size: tuple[int, int]) -> None:
+def _check_size(name: str, size: tuple[int, int]) -> None:
     if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
         raise _too_large(name, f"it has {size[0]}x{size[1]} pixels")
     if min(size) < 1:
         raise InvalidInputError(f"{name} has {size[0]}x{size[1]} pixels; at least 1x1 is needed.")
 
 
-def _too_large(name: str | os.PathLike[str], found: str) -> InvalidInputError:
+def _too_large(name: str, found: str) -> InvalidInputError:
     return InvalidInputError(
         f"{name} is too large: {found.rstrip('.')}. At most {MAX_SIDE}x{MAX_SIDE} and {MAX_PIXELS:,} pixels in all are "
         "read. Scale it down first."
@@ -326,19 +336,20 @@ def save_image(
     kind = image_format(path)
     check_quality(quality)
     text = _to_text(parameters) if parameters is not None else image.info.get(PARAMETERS)
-    # Not `Path.resolve` of the whole path for messages: people look for the name they gave.
-    target = Path(os.path.realpath(path))
-    partial = target.parent / f".diffsynth-{secrets.token_hex(6)}.tmp"
+    partial: Path | None = None
     try:
+        target = Path(os.path.realpath(path))  # through a link, which would be replaced otherwise
         target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".diffsynth-{secrets.token_hex(6)}.tmp"
         with open(partial, "xb") as file:
             _encode(image, file, kind, text, quality, path)
         os.replace(partial, target)
     except (OSError, ValueError) as error:
         raise OutputError(f"The image {path} cannot be written: {_reason(error)}.") from error
     finally:  # also after Ctrl-C; after the replacement there is nothing left to remove
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def image_format(path: str | os.PathLike[str]) -> str:
@@ -372,7 +383,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         target = Path(os.path.realpath(path))
         if target.is_dir():
             raise OutputError(f"The image {path} cannot be written: there is a folder of that name.")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(target)  # a name that is too long shows here
         place = next(folder for folder in target.parents if os.path.lexists(folder))
         if not place.is_dir():
@@ -391,6 +402,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def _encode(
     image: Image.Image, file: Any, kind: str, text: str | None, quality: int, path: str | os.PathLike[str]
 ) -> None:
+    image = image if image.mode in _WRITABLE_MODES[kind] else to_rgb(image)
     if kind == "PNG":
         info = PngInfo()
         if text:
@@ -399,7 +411,6 @@ def _encode(
         return
     if kind == "JPEG":
         options: dict[str, Any] = {"subsampling": "4:4:4" if quality >= 90 else "4:2:0"}
-        image = image if image.mode in {"RGB", "L"} else to_rgb(image)
     else:
         options = {"method": 4}
     exif = _exif(text) if text else b""

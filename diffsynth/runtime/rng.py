@@ -18,11 +18,11 @@ def _warn_fallback(device: str) -> None:
     )
 
 
-def noise_device(rand_device: str) -> torch.device:
+def noise_device(rand_device: str | torch.device) -> torch.device:
     """The device to draw noise on: `rand_device`, or the CPU (with one warning) where it does not exist."""
     device = torch.device(rand_device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        _warn_fallback(rand_device)
+        _warn_fallback(str(rand_device))
         return torch.device("cpu")
     return device
 

@@ -27,13 +27,13 @@ from .local import (
     INDEX_SUFFIX,
     Record,
     closest,
+    indexed_files,
     inspect,
     is_folder_pattern,
     local_names,
     matches,
     problem,
     refuse_unsafe,
-    weight_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def fetch(
         if is_folder_pattern(pattern):
             paths.append(folder / pattern)
         elif pattern.endswith(INDEX_SUFFIX):
-            exact = [glob.escape(name) for index in names for name in weight_files(folder, index)]
+            exact = [glob.escape(name) for index in names for name in indexed_files(folder, index)]
             files = _ensure(repository, exact, reason)
             paths += [place / name for place, listed in files.values() for name in listed]
         else:

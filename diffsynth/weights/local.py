@@ -188,13 +188,13 @@ def _announced(folder: Path, names: Iterable[str], present: Iterable[str]) -> se
     for index in present:
         if index.endswith(INDEX_SUFFIX) and PurePosixPath(index).parent in parents:
             try:
-                result.update(weight_files(folder, index))
+                result.update(indexed_files(folder, index))
             except CorruptFileError as error:
                 logger.warning("Ignoring an index file: %s", error)
     return result
 
 
-def weight_files(folder: Path, index: str) -> list[str]:
+def indexed_files(folder: Path, index: str) -> list[str]:
     """Files of a weight map, as names relative to `folder`, sorted. Raises CorruptFileError if it cannot be used."""
     try:
         entries = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -217,7 +217,7 @@ def problem(path: Path, expected: int | None) -> str | None:
         if path.suffix == ".safetensors":
             read_header(path)
         elif path.name.endswith(INDEX_SUFFIX):
-            weight_files(path.parent, path.name)
+            indexed_files(path.parent, path.name)
     except DiffSynthError as error:
         return str(error).removeprefix(f"{path} ").removesuffix(" Download it again.").rstrip(".")
     return None

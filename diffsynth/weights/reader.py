@@ -191,6 +191,11 @@ class CheckpointReader(Mapping[str, TensorInfo]):
             self._tensors.update(tensors)
             self.metadata.update(metadata)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are, and a `config.json` may be."""
+        return self.paths[0].parent if self.paths else None
+
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
 
