@@ -261,8 +261,8 @@ def _load(pipeline_class: Any, family: "Family", folder: Path | None, given: Map
         memory["offload_device"] = given["offload_device"]
     if given["offload_dtype"] is not None:
         memory["offload_dtype"] = getattr(torch, given["offload_dtype"])
-    if given["vram_limit"] is not None and not memory:
-        memory["offload_device"] = "cpu"  # a limit means something only where weights may rest elsewhere
+    if given["vram_limit"] is not None:  # a limit means something only where weights may rest elsewhere
+        memory.setdefault("offload_device", "cpu")
     placement = {
         "torch_dtype": getattr(torch, given["dtype"]), "device": given["device"], "vram_limit": given["vram_limit"]
     }  # fmt: skip

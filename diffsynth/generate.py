@@ -6,6 +6,7 @@ phase is named where it begins (`in_use`), so that memory can follow.
 
 import logging
 import math
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ class Request:
     prompts: Sequence[str | Tensor]
     """Texts, or conditions `[M, text width]` made earlier."""
     negative_prompts: Sequence[str | Tensor]
-    seeds: Sequence[int | None]
+    seeds: Sequence[int]
     height: int
     width: int
     steps: int
@@ -214,9 +215,7 @@ def denoise(
     return family.unpack(x, height, width)
 
 
-def _initial(
-    family: Family, request: Request, seed: int | None, sigmas: Tensor, image_latents: Tensor | None
-) -> Tensor:
+def _initial(family: Family, request: Request, seed: int, sigmas: Tensor, image_latents: Tensor | None) -> Tensor:
     shape = family.latent_shape(request.height, request.width)
     drawn = noise(shape, seed, torch.device(request.rand_device), request.noise_dtype).float().cpu()
     return drawn if image_latents is None else mix(image_latents.cpu(), drawn, sigmas[0])
@@ -289,18 +288,21 @@ def one_per_image(name: str, value: Any, images: int, per_prompt: int) -> list[A
     )
 
 
-def seeds_per_image(seed: object, images: int, per_prompt: int) -> list[int | None]:
-    """One seed per image: a list is taken as it is, a single seed counts up from image to image."""
+def seeds_per_image(seed: object, images: int) -> list[int]:
+    """One seed per image: a list is taken as it is, a single seed counts up, None counts up from a random one."""
     if seed is None:
-        return [None] * images
-    given = one_per_image("seed", seed, images, 1) if isinstance(seed, (list, tuple)) else None
-    for value in given if given is not None else [seed]:
-        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
-            raise InvalidInputError(f"seed={value!r} must be a whole number, a list of them, or None.")
-    if given is not None:
-        return given
-    assert isinstance(seed, int)
-    return [seed + index for index in range(images)]
+        seed = secrets.randbits(48)  # drawn here, so that the image's metadata can say it
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64 - images:
+            raise InvalidInputError(f"seed={value!r} must be a whole number of 64 bits, a list of them, or None.")
+    if not isinstance(seed, (list, tuple)):
+        return [seeds[0] + index for index in range(images)]
+    if len(seeds) != images:
+        raise InvalidInputError(
+            f"seed has {len(seeds)} entries for {images} images. Give one per image, or one number."
+        )
+    return seeds
 
 
 def check_callables(**values: object) -> None:

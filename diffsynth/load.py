@@ -98,7 +98,8 @@ def weight_files(folder: Path, components: Sequence[ComponentSpec]) -> list[list
         UnsafeFileError: the weights are pickles.
         CorruptFileError: the index of the shards cannot be used.
     """
-    folders = [folder / component.folder for component in components if (folder / component.folder).is_dir()]
+    names = dict.fromkeys(component.folder for component in components)
+    folders = [folder / name for name in names if (folder / name).is_dir()]
     groups = [files for place in folders or [folder] if (files := _shards(place))]
     if groups:
         return groups

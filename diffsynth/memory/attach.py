@@ -8,7 +8,7 @@ they are stored).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.device import resolve_device
 from ..runtime.errors import InvalidInputError
 from ..weights.model_config import ModelConfig
 from .quantized import FP8_DTYPES, QuantizedWeight
@@ -59,7 +60,7 @@ class Residence:
         if all(value is None for value in said.values()):
             return None
         computation = (
-            torch.device(said["computation_device"] or device),
+            _device(said["computation_device"] or device, "computation_device"),
             _dtype(said["computation_dtype"] or dtype, "computation_dtype"),
         )
         if computation[1] in FP8_DTYPES:
@@ -67,12 +68,38 @@ class Residence:
         offload = _place("offload", said, computation, computation[1])
         onload = _place("onload", said, offload, computation[1])
         preparing = _place("preparing", said, (computation[0], onload[1]), computation[1])
+        _check_order(offload, onload, preparing)
         return cls(offload, onload, preparing, computation)
 
 
+def _check_order(offload: Place, onload: Place, preparing: Place) -> None:
+    """Weights may come nearer from stage to stage, and are stored in one kind of fp8."""
+    for (earlier, (from_device, _)), (later, (to_device, _)) in (
+        (("offload", offload), ("onload", onload)),
+        (("onload", onload), ("preparing", preparing)),
+    ):
+        if to_device == DISK and from_device != DISK:
+            raise InvalidInputError(
+                f"{later}_device='disk' but {earlier}_device={str(from_device)!r}: weights that rest in memory do not "
+                f"go to disk when they are needed. Set {earlier}_device='disk' too, or another {later}_device."
+            )
+    kinds = {dtype for _, dtype in (offload, onload, preparing) if dtype in FP8_DTYPES}
+    if len(kinds) > 1:
+        raise InvalidInputError(f"Two kinds of fp8 storage ({', '.join(sorted(map(str, kinds)))}): use one of them.")
+
+
+def _device(value: Any, name: str) -> torch.device:
+    device = resolve_device(value, name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(f"{name}={str(value)!r}: this machine has no CUDA device. Use 'cpu'.")
+    if device.type == "meta":
+        raise InvalidInputError(f"{name}='meta' holds no weights; use 'cpu', 'cuda' or 'disk'.")
+    return device
+
+
 def _dtype(value: Any, name: str) -> torch.dtype:
-    if not isinstance(value, torch.dtype):
-        raise InvalidInputError(f"{name}={value!r} is no torch.dtype.")
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise InvalidInputError(f"{name}={value!r} is no floating-point torch.dtype such as torch.bfloat16.")
     return value
 
 
@@ -81,15 +108,16 @@ def _place(stage: str, said: dict[str, Any], default: Place, compute_dtype: torc
     if DISK in (device, dtype):
         if {device, dtype} - {DISK, None}:
             raise InvalidInputError(
-                f"{stage}_device={device!r} and {stage}_dtype={dtype!r} disagree: weights on disk have the dtype of "
-                f"their file. Set both to 'disk', or neither."
+                f"{stage}_device={str(device)!r} and {stage}_dtype={str(dtype)!r} disagree: weights on disk have the "
+                f"dtype of their file. Set both to 'disk', or neither."
             )
         return DISK, compute_dtype
     if device is None:
         device = default[0] if dtype is None or default[0] != DISK else "cpu"
     if dtype is None:
         dtype = default[1]
-    return (DISK if device == DISK else torch.device(device)), _dtype(dtype, f"{stage}_dtype")
+    place = DISK if device == DISK else _device(device, f"{stage}_device")
+    return place, _dtype(dtype, f"{stage}_dtype")
 
 
 @dataclass
@@ -101,7 +129,14 @@ class _Unit:
 
 
 class Attachment:
-    """The weights of one attached module; `in_use` brackets a phase, `detach` ends the arrangement."""
+    """The weights of one attached module; `in_use` brackets a phase, `detach` ends the arrangement.
+
+    Attributes:
+        module: what is attached.
+        residence: where its weights rest and compute.
+        limit: GiB of weights that may stay in the preparing place during a phase; None for no limit. A change counts
+            from the next unit on that runs.
+    """
 
     def __init__(
         self,
@@ -119,6 +154,7 @@ class Attachment:
         self._read = read
         self._separate = tuple(separate)
         self._quantizable = quantizable
+        self._phases = 0
         self._onloaded: dict[str, Stored] = {}
         self._kept_bytes = 0
         self._units = [_Unit(unit, owners) for unit, owners in _units(module, self._separate)]
@@ -126,27 +162,36 @@ class Attachment:
         self._rest = (
             {} if residence.offload[0] == DISK else {n: self._convert(n, read(n), residence.offload) for n in names}
         )
-        self._load_buffers()
+        self._load_permanent()
         self._clear()
         self._hooks = [hook for unit in self._units for hook in self._hook(unit)]
         module.compute_placement = residence.computation  # type: ignore[assignment]
+        module.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
 
-    def _load_buffers(self) -> None:
-        """Buffers are small: they live where the computation is, in the dtype of the file."""
-        device = self.residence.computation[0]
-        parameters = {name for name, _ in self.module.named_parameters()}
+    def _load_permanent(self) -> None:
+        """What is small or belongs to no unit lives where the computation is; buffers in the dtype of the file."""
+        device, dtype = self.residence.computation
+        for leaf, parameter in self.module._parameters.items():
+            if parameter is not None:
+                self.module._parameters[leaf] = _frozen(self._read(leaf).to(device, dtype))
+        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         for name in self.module.state_dict().keys() - parameters:
             owner_path, _, leaf = name.rpartition(".")
-            setattr(self.module.get_submodule(owner_path), leaf, self._read(name).to(device))
+            self.module.get_submodule(owner_path)._buffers[leaf] = self._read(name)
+        self._move_buffers()
+
+    def _move_buffers(self) -> None:
         for owner in self.module.modules():
             for leaf, buffer in owner._buffers.items():
-                owner._buffers[leaf] = None if buffer is None else buffer.to(device)
+                if buffer is not None:
+                    owner._buffers[leaf] = buffer.to(self.residence.computation[0])
 
     def _quantizes(self, name: str, tensor: Tensor) -> bool:
         inside = self._quantizable is None or name.startswith(self._quantizable)
         return tensor.ndim >= 2 and inside and not any(fnmatch(name, pattern) for pattern in self._separate)
 
     def _convert(self, name: str, stored: Stored, place: Place) -> Stored:
+        """`stored` as it is kept at `place`: quantized if that is fp8 and the tensor can bear it."""
         device, dtype = place
         assert isinstance(device, torch.device)
         if isinstance(stored, QuantizedWeight):
@@ -157,16 +202,37 @@ class Attachment:
             return QuantizedWeight.of(stored.to(device), dtype)
         return stored.to(device, self.residence.computation[1])
 
-    def _stored(self, name: str) -> Stored:
+    def _nbytes(self, name: str, stored: Stored, dtype: torch.dtype) -> int:
+        """Bytes of `stored` once it is kept in `dtype`."""
+        if isinstance(stored, QuantizedWeight):
+            return stored.nbytes if dtype in FP8_DTYPES else stored.data.numel() * dtype.itemsize
+        if dtype not in FP8_DTYPES:
+            return stored.numel() * dtype.itemsize
+        if self._quantizes(name, stored):
+            return QuantizedWeight.nbytes_of(stored)
+        return stored.numel() * self.residence.computation[1].itemsize
+
+    def _waiting(self, name: str) -> Stored:
+        """The weight where it waits for its unit to run; rounded to the onload dtype even outside of a phase."""
         if name in self._onloaded:
             return self._onloaded[name]
-        return self._rest[name] if name in self._rest else self._read(name)
+        stored = self._rest[name] if name in self._rest else self._read(name)
+        if self.residence.onload[0] == DISK:
+            return stored
+        return self._convert(name, stored, (stored.device, self.residence.onload[1]))
+
+    def _prepared(self, name: str, waiting: Stored, device: torch.device | str) -> Stored:
+        """The weight on `device` in the preparing dtype: every way to the computation leads through it.
+
+        So the result does not depend on which units are kept.
+        """
+        return self._convert(name, waiting, (device, self.residence.preparing[1]))
 
     def _hook(self, unit: _Unit) -> list[Any]:
         def before(*_: Any) -> None:
             for name, tensor in self._computable(unit).items():
                 owner, leaf = unit.owners[name]
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                owner._parameters[leaf] = _frozen(tensor)
 
         def after(*_: Any) -> None:
             self._clear_unit(unit)
@@ -177,20 +243,31 @@ class Attachment:
         ]
 
     def _computable(self, unit: _Unit) -> dict[str, Tensor]:
-        stored = unit.kept or {name: self._stored(name) for name in unit.owners}
-        if unit.kept is None and self.residence.preparing[0] != DISK:
-            prepared = {name: self._convert(name, value, self.residence.preparing) for name, value in stored.items()}
-            nbytes = sum(value.nbytes for value in prepared.values())
+        return {name: self._computed(name, value) for name, value in (unit.kept or self._fetched(unit)).items()}
+
+    def _fetched(self, unit: _Unit) -> dict[str, Stored]:
+        """Weights of a unit on the way to its computation, kept for the rest of the phase if the limit allows."""
+        waiting = {name: self._waiting(name) for name in unit.owners}
+        place, dtype = self.residence.preparing
+        if self._phases and place != DISK:
+            nbytes = sum(self._nbytes(name, value, dtype) for name, value in waiting.items())
             if self.limit is None or self._kept_bytes + nbytes <= self.limit * 2**30:
+                unit.kept = {name: self._prepared(name, value, place) for name, value in waiting.items()}
                 self._kept_bytes += nbytes
-                unit.kept = stored = prepared
-        computed = {name: self._convert(name, value, self.residence.computation) for name, value in stored.items()}
-        return {name: value for name, value in computed.items() if isinstance(value, Tensor)}
+                return unit.kept
+        device = self.residence.computation[0]
+        return {name: self._prepared(name, value, device) for name, value in waiting.items()}
+
+    def _computed(self, name: str, value: Stored) -> Tensor:
+        tensor = self._convert(name, value, self.residence.computation)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     def _clear_unit(self, unit: _Unit) -> None:
         for owner, leaf in unit.owners.values():
             shape = owner._parameters[leaf].shape  # type: ignore[union-attr]
-            owner._parameters[leaf] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+            dtype = self.residence.computation[1]  # what a module asks its weights for before they are there
+            owner._parameters[leaf] = _frozen(torch.empty(shape, dtype=dtype, device="meta"))
 
     def _clear(self) -> None:
         for unit in self._units:
@@ -198,30 +275,70 @@ class Attachment:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Bracket a phase: weights go to the onload place for its length, and kept units are dropped after it."""
-        onload, offload = self.residence.onload, self.residence.offload
-        if onload != offload and onload[0] != DISK:
-            for unit in self._units:
-                for name in unit.owners:
-                    self._onloaded[name] = self._convert(name, self._stored(name), onload)
+        """Bracket a phase: weights go to the onload place for its length, and kept units are dropped after it.
+
+        Phases may be nested: the outermost counts.
+        """
+        self._phases += 1
         try:
+            if self._phases == 1:
+                self._go_onload()
             yield
         finally:
-            self._onloaded.clear()
-            self._kept_bytes = 0
+            self._phases -= 1
+            if not self._phases:
+                self._drop()
+                self._clear()  # also what an interrupt in the middle of a unit has left
+
+    def _go_onload(self) -> None:
+        onload, offload = self.residence.onload, self.residence.offload
+        if onload == offload or onload[0] == DISK:
+            return
+        for unit in self._units:
+            for name in unit.owners:
+                self._onloaded[name] = self._convert(name, self._waiting(name), onload)
+
+    def _drop(self) -> None:
+        self._onloaded.clear()
+        self._kept_bytes = 0
+        for unit in self._units:
+            unit.kept = None
+
+    def _load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """In place of the module's own method: new weights go where the weights rest, or to host memory for disk."""
+        place = self.residence.offload
+        if place[0] == DISK:
+            place = torch.device("cpu"), place[1]
+        try:
+            return type(self.module).load_state_dict(self.module, state_dict, strict=strict, assign=True)
+        finally:
+            self._drop()
             for unit in self._units:
-                unit.kept = None
+                for name, (owner, leaf) in unit.owners.items():
+                    given = owner._parameters[leaf]
+                    if given is not None and not given.is_meta:
+                        self._rest[name] = self._convert(name, given.detach().clone(), place)
+            self._clear()
+            self._move_buffers()
 
     def detach(self) -> None:
         """Put all weights in the computation place, for good, and take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
+        device = self.residence.computation[0]
         for unit in self._units:
             for name, (owner, leaf) in unit.owners.items():
-                tensor = self._convert(name, self._stored(name), self.residence.computation)
-                assert isinstance(tensor, Tensor)
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        del self.module.compute_placement, self.module.attachment
+                value = self._computed(name, self._prepared(name, self._waiting(name), device))
+                owner._parameters[leaf] = _frozen(value)
+        for hook in self._hooks:
+            hook.remove()
+        self._drop()
+        self._units.clear()
+        self._rest.clear()
+        for name in ("compute_placement", "load_state_dict", "attachment"):
+            self.module.__dict__.pop(name, None)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def attach(
@@ -243,7 +360,12 @@ def attach(
         quantizable: only parameters whose name begins so are stored in fp8, the others keep the compute dtype; None
             for all matrices and kernels.
         limit: GiB of weights that may stay in the preparing place during a phase; None for no limit.
+
+    Raises:
+        InvalidInputError: the module is attached already.
     """
+    if attachment_of(module) is not None:
+        raise InvalidInputError("The module is attached already; call its `attachment.detach()` first.")
     attachment = Attachment(module, read, residence, separate=separate, quantizable=quantizable, limit=limit)
     module.attachment = attachment  # type: ignore[assignment]
     return attachment
@@ -268,12 +390,7 @@ def in_use(module: nn.Module) -> Iterator[None]:
 
 def _units(module: nn.Module, separate: Sequence[str]) -> list[tuple[nn.Module, dict[str, tuple[nn.Module, str]]]]:
     """Cut `module` into units: every parameter belongs to exactly one."""
-    roots: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
-            roots += [(f"{name}.{index}", element) for index, element in enumerate(child)]
-        else:
-            roots.append((name, child))
+    roots = list(_callable_children(module, ""))
     units = []
     for path, root in roots:
         apart = [
@@ -289,6 +406,15 @@ def _units(module: nn.Module, separate: Sequence[str]) -> list[tuple[nn.Module, 
         if owned:
             units.append((root, owned))
     return units
+
+
+def _callable_children(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Children by path; the elements of a container in its place, because nobody calls a container itself."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _callable_children(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
 
 
 def _matches(prefix: str, patterns: Sequence[str]) -> bool:

@@ -23,9 +23,10 @@ class QuantizedWeight:
     @classmethod
     def of(cls, weight: Tensor, dtype: torch.dtype) -> "QuantizedWeight":
         """Quantize `weight [out, ...]`."""
-        largest = weight.abs().flatten(1).amax(dim=1).float().clamp_min(1e-12)
+        values = weight.float()
+        largest = values.abs().flatten(1).amax(dim=1).clamp_min(1e-12)
         scale = (largest / torch.finfo(dtype).max).reshape(-1, *(1,) * (weight.ndim - 1))
-        return cls((weight.float() / scale).to(dtype), scale)
+        return cls((values / scale).to(dtype), scale)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Tensor | QuantizedWeight":
         """Move; an fp8 `dtype` keeps it quantized, any other restores the weight after the transfer of the small bytes."""
@@ -33,6 +34,16 @@ class QuantizedWeight:
         if dtype in FP8_DTYPES:
             return QuantizedWeight(data, scale)
         return (data.float() * scale).to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.data.device
+
+    @staticmethod
+    def nbytes_of(weight: Tensor) -> int:
+        """Bytes that `weight` would take."""
+        return weight.numel() + 4 * len(weight)
 
     @property
     def nbytes(self) -> int:

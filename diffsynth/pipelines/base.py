@@ -1,7 +1,7 @@
 """What the public pipelines share: loading, argument checking, and the way of pixels in and out."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -81,13 +81,14 @@ class BasePipeline:
         if vram_limit is not None:
             finite_float("vram_limit", vram_limit, low=0)
         pipe = cls(device, torch_dtype)
+        # The tokenizer first: it is small, and a mistake in it should not show after minutes of reading weights.
+        if tokenizer_config is not None and (components is None or "text_encoder" in components):
+            pipe.tokenizer = pipe._load_tokenizer(tokenizer_config)
         loaded = load_components(
             cls.family, model_configs, dtype=torch_dtype, device=pipe.device, wanted=components, vram_limit=vram_limit
         )
         for name, module in loaded.items():
             setattr(pipe, name, module)
-        if tokenizer_config is not None and (components is None or "text_encoder" in components):
-            pipe.tokenizer = pipe._load_tokenizer(tokenizer_config)
         pipe.source = _source(model_configs)
         return pipe
 
@@ -133,7 +134,9 @@ class BasePipeline:
                 )
             configs.append(ModelConfig(path=place, **memory))
         tokenizer = ModelConfig(path=root / spec.tokenizer_folder)
-        return cls._load(torch_dtype, device, configs, tokenizer, vram_limit, None)
+        pipe = cls._load(torch_dtype, device, configs, tokenizer, vram_limit, None)
+        pipe.source = root.absolute().name
+        return pipe
 
     def enable_vram_management(
         self,
@@ -200,6 +203,7 @@ class BasePipeline:
         callback: StepCallback | None,
         batch_size: int,
         output_type: str,
+        recorded: Mapping[str, Any],
     ) -> Any:
         """Check every argument, then run; weights are first touched after the last check."""
         per_prompt = positive_int("num_images_per_prompt", num_images_per_prompt)
@@ -216,7 +220,7 @@ class BasePipeline:
             negative_prompts=one_per_image(
                 "negative_prompt", negatives if len(negatives) > 1 else negatives[0], images, per_prompt
             ),
-            seeds=seeds_per_image(seed, images, per_prompt),
+            seeds=seeds_per_image(seed, images),
             height=height,
             width=width,
             steps=positive_int("num_inference_steps", num_inference_steps),
@@ -238,7 +242,8 @@ class BasePipeline:
         if output_type == "pt":
             return pixels
         made = [
-            with_parameters(from_pixels(item), self._parameters(request, index)) for index, item in enumerate(pixels)
+            with_parameters(from_pixels(item), {**self._parameters(request, index), **recorded})
+            for index, item in enumerate(pixels)
         ]
         return made[0] if single else made
 
@@ -265,6 +270,7 @@ class BasePipeline:
             "width": request.width,
             "denoising_strength": None if request.image is None else request.strength,
             "rand_device": request.rand_device,
+            "tiled": None if request.tiling is None else [request.tiling.size, request.tiling.stride],
             "model": self.source,
             "family": self.family.spec.name,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
@@ -273,10 +279,12 @@ class BasePipeline:
 
 
 def _source(configs: Sequence[ModelConfig]) -> str:
-    """Where the weights came from, for people."""
-    names = dict.fromkeys(config.model_id or str(config.path) for config in configs if config.model_id or config.path)
-    folders = {str(Path(name).parent) for name in names}
-    return folders.pop() if len(folders) == 1 and len(names) > 1 else ", ".join(names)
+    """Where the weights came from, for people: ids, and names of files without the folders of this machine."""
+    names = []
+    for config in configs:
+        paths = [config.path] if isinstance(config.path, (str, Path)) else list(config.path or ())
+        names.append(config.model_id or (Path(paths[0]).name if paths else "state_dict"))
+    return ", ".join(dict.fromkeys(names))
 
 
 def _conditions(name: str, prompt: Any, embeds: Any) -> tuple[list[str | Tensor], bool]:

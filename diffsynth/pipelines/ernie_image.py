@@ -131,4 +131,5 @@ class ErnieImagePipeline(BasePipeline):
             callback=callback,
             batch_size=batch_size,
             output_type=output_type,
+            recorded={"sigma_shift": scheduler.shift},
         )

@@ -136,4 +136,5 @@ class QwenImagePipeline(BasePipeline):
             callback=callback,
             batch_size=batch_size,
             output_type=output_type,
+            recorded={"exponential_shift_mu": exponential_shift_mu, "cfg_normalize": cfg_normalize},
         )

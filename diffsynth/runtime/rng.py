@@ -27,18 +27,14 @@ def noise_device(rand_device: str | torch.device) -> torch.device:
     return device
 
 
-def noise(shape: tuple[int, ...], seed: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+def noise(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal noise of one image, `[1, *shape]`.
 
     Args:
         shape: of the latents of the image.
-        seed: None for a random one.
+        seed: of the image's own generator.
         device: where the generator lives; generators of different kinds of device give different numbers.
         dtype: drawn in this dtype, as the stream of numbers depends on it.
     """
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return torch.randn((1, *shape), generator=generator, device=device, dtype=dtype)
