@@ -288,11 +288,11 @@ def one_per_image(name: str, value: Any, images: int, per_prompt: int) -> list[A
     )
 
 
-def seeds_per_image(seed: object, images: int) -> list[int]:
+def seeds_per_image(seed: Any, images: int) -> list[int]:
     """One seed per image: a list is taken as it is, a single seed counts up, None counts up from a random one."""
     if seed is None:
         seed = secrets.randbits(48)  # drawn here, so that the image's metadata can say it
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64 - images:
             raise InvalidInputError(f"seed={value!r} must be a whole number of 64 bits, a list of them, or None.")
