@@ -26,7 +26,7 @@ from ..generate import (
 )
 from ..load import load_components
 from ..memory.attach import attachment_of
-from ..runtime.device import default_device, resolve_device
+from ..runtime.device import default_device, resolve_device, warn_about_environment
 from ..runtime.errors import InvalidInputError, MissingFileError
 from ..runtime.image import fit, from_pixels, to_pixels, with_parameters
 from ..runtime.rng import noise_device
@@ -55,6 +55,7 @@ class BasePipeline:
     family: ClassVar[Family]
 
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16) -> None:
+        warn_about_environment()
         self.device = resolve_device(device) if device is not None else default_device()
         self.torch_dtype = torch_dtype
         self.dit: Any = None

@@ -1,8 +1,28 @@
 """Which device to compute on."""
 
+import logging
+import os
+from functools import cache
+
 import torch
 
 from .errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
+
+_WITHOUT_EFFECT = {
+    "DIFFSYNTH_ATTENTION_IMPLEMENTATION": "attention always goes through PyTorch, which picks the kernel",
+    "DIFFSYNTH_DISK_MAP_BUFFER_SIZE": "files are memory-mapped, and the system bounds what stays in memory",
+}
+"""Environment variables that users of this interface may have set, and why nothing here reads them."""
+
+
+@cache
+def warn_about_environment() -> None:
+    """Say once which variables of the environment have no effect."""
+    for name, reason in _WITHOUT_EFFECT.items():
+        if os.environ.get(name) not in (None, "", "torch"):
+            logger.warning("%s=%s has no effect: %s.", name, os.environ[name], reason)
 
 
 def default_device() -> torch.device:
