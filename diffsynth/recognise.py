@@ -112,8 +112,14 @@ def meta_build(component: ComponentSpec, config: Any) -> nn.Module:
     """The component's module with parameters on the meta device and real non-parameter buffers."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        return component.build(config).eval().requires_grad_(False)
+    # Each parameter exists on the CPU for a moment before it moves to meta; deterministic mode would fill it.
+    deterministic: Any = torch.utils.deterministic
+    filling, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    try:
+        with init_empty_weights(include_buffers=False):
+            return component.build(config).eval().requires_grad_(False)
+    finally:
+        deterministic.fill_uninitialized_memory = filling
 
 
 def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, cos_first: bool) -> Tenso
         fp32 `[S, dim]`.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float().unsqueeze(1) * torch.exp(-math.log(10000.0) * exponent)
+    # In this order of operations: the usual implementations round like it, and a large timestep magnifies the last bit.
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float().unsqueeze(1) * torch.exp(exponent)
     halves = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
     return torch.cat(halves, dim=1)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _CHUNK_ELEMENTS = 1 << 21
 """Elements normalised at a time outside autograd: bounds the fp32 copies that the kernel may make of its input."""
 

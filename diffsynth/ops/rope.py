@@ -50,8 +50,8 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: `[T, heads, head_dim]`.
-        cos, sin: `[T, head_dim]` in `x`'s dtype. Partners `d` and `d + head_dim/2` may carry different angles, so this
-            is not always a rotation.
+        cos, sin: fp32 `[T, head_dim]`, rounded to `x`'s dtype before the product as the reference does. Partners `d`
+            and `d + head_dim/2` may carry different angles, so this is not always a rotation.
 
     Returns:
         `[T, heads, head_dim]`; without autograd `x` is overwritten chunk by chunk.
@@ -64,6 +64,7 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     rotated = torch.cat([-x2, x1], dim=-1).mul_(sin.unsqueeze(1))
     return torch.addcmul(rotated, x, cos.unsqueeze(1))

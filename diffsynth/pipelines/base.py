@@ -28,7 +28,7 @@ from ..load import load_components
 from ..memory.attach import attachment_of
 from ..runtime.device import default_device, resolve_device, warn_about_environment
 from ..runtime.errors import InvalidInputError, MissingFileError
-from ..runtime.image import fit, from_pixels, to_pixels, with_parameters
+from ..runtime.image import fit, from_pixels, load_image, to_pixels, with_parameters
 from ..runtime.rng import noise_device
 from ..sampling.schedule import FlowMatchScheduler
 from ..spec import Family, Guidance
@@ -187,7 +187,7 @@ class BasePipeline:
         negative_prompt: Prompt,
         guidance: Guidance,
         scheduler: FlowMatchScheduler,
-        input_image: PilImage | None,
+        input_image: PilImage | str | Path | None,
         denoising_strength: float,
         height: int,
         width: int,
@@ -197,7 +197,7 @@ class BasePipeline:
         tiled: bool,
         tile_size: int,
         tile_stride: int,
-        progress_bar_cmd: Callable[..., Iterable[int]],
+        progress_bar_cmd: Callable[..., Iterable[int]] | None,
         num_images_per_prompt: int,
         prompt_embeds: Tensor | Sequence[Tensor] | None,
         negative_prompt_embeds: Tensor | Sequence[Tensor] | None,
@@ -227,13 +227,13 @@ class BasePipeline:
             steps=positive_int("num_inference_steps", num_inference_steps),
             guidance=guidance,
             scheduler=scheduler,
-            image=None if input_image is None else to_pixels(fit(input_image, height, width)),
+            image=None if input_image is None else to_pixels(fit(_opened(input_image), height, width)),
             strength=finite_float("denoising_strength", denoising_strength, 0, 1),
             rand_device=str(noise_device(resolve_device(rand_device, "rand_device"))),
             noise_dtype=self.torch_dtype,
             tiling=Tiling(tile_size, tile_stride) if tiled else None,
             batch_size=positive_int("batch_size", batch_size),
-            progress=progress_bar_cmd,
+            progress=iter if progress_bar_cmd is None else progress_bar_cmd,
             callback=callback,
         )
         self._warn_without_effect(request, negative_prompt)
@@ -277,6 +277,15 @@ class BasePipeline:
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "version": f"diffsynth {__version__}",
         }
+
+
+def _opened(image: Any) -> PilImage:
+    """The input image, opened if it is the path of one."""
+    if isinstance(image, (str, Path)):
+        return load_image(image)
+    if not isinstance(image, Image.Image):
+        raise InvalidInputError(f"input_image={image!r} must be a PIL image, or the path of an image file.")
+    return image
 
 
 def _source(configs: Sequence[ModelConfig]) -> str:

@@ -5,6 +5,7 @@ from diffsynth.pipelines.ernie_image import ErnieImagePipeline, ModelConfig
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -62,9 +63,9 @@ class ErnieImagePipeline(BasePipeline):
         rand_device: str = "cuda",
         num_inference_steps: int = 50,
         sigma_shift: float | None = None,
-        progress_bar_cmd: Callable[..., Iterable[int]] = tqdm,
+        progress_bar_cmd: Callable[..., Iterable[int]] | None = tqdm,
         *,
-        input_image: PilImage | None = None,
+        input_image: PilImage | str | Path | None = None,
         denoising_strength: float = 1.0,
         tiled: bool = False,
         tile_size: int = 128,
@@ -89,8 +90,8 @@ class ErnieImagePipeline(BasePipeline):
                 draws it, with a warning.
             num_inference_steps: from 1.
             sigma_shift: shift of the schedule; None for the model's own, 3.0 (the Turbo checkpoint wants 4.0).
-            progress_bar_cmd: wraps the iterable of steps; `lambda x: x` hides the bar.
-            input_image: start of image-to-image; resized to cover `width` x `height` and cropped.
+            progress_bar_cmd: wraps the iterable of steps; `lambda x: x` or None hides the bar.
+            input_image: start of image-to-image, an image or the path of one; resized to cover the size and cropped.
             denoising_strength: 0..1, how far to leave `input_image`: 0 keeps it, 1 ignores it.
             tiled: encode and decode in blended tiles, which needs less memory and changes the image slightly.
             tile_size: side of a tile, in latents (8 pixels).

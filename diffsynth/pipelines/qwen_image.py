@@ -6,6 +6,7 @@ from diffsynth.pipelines.qwen_image import QwenImagePipeline, ModelConfig
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +60,7 @@ class QwenImagePipeline(BasePipeline):
         prompt: Prompt = "",
         negative_prompt: Prompt = "",
         cfg_scale: float = 1.0,
-        input_image: PilImage | None = None,
+        input_image: PilImage | str | Path | None = None,
         denoising_strength: float = 1.0,
         height: int = DEFAULT_SIZE[0],
         width: int = DEFAULT_SIZE[1],
@@ -70,7 +71,7 @@ class QwenImagePipeline(BasePipeline):
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,
-        progress_bar_cmd: Callable[..., Iterable[int]] = tqdm,
+        progress_bar_cmd: Callable[..., Iterable[int]] | None = tqdm,
         *,
         num_images_per_prompt: int = 1,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
@@ -86,7 +87,7 @@ class QwenImagePipeline(BasePipeline):
             prompt: what the image should show; a list makes one image for each.
             negative_prompt: what it should not show; one for all, or a list with one per prompt.
             cfg_scale: classifier-free guidance; takes effect above 1.
-            input_image: start of image-to-image; resized to cover `width` x `height` and cropped.
+            input_image: start of image-to-image, an image or the path of one; resized to cover the size and cropped.
             denoising_strength: 0..1, how far to leave `input_image`: 0 keeps it, 1 ignores it.
             height: in pixels, a multiple of 16 (others are rounded up).
             width: in pixels, a multiple of 16 (others are rounded up).
@@ -97,7 +98,7 @@ class QwenImagePipeline(BasePipeline):
             tiled: encode and decode in blended tiles, which needs less memory and changes the image slightly.
             tile_size: side of a tile, in latents (8 pixels).
             tile_stride: distance of tiles, in latents; at most `tile_size`.
-            progress_bar_cmd: wraps the iterable of steps; `lambda x: x` hides the bar.
+            progress_bar_cmd: wraps the iterable of steps; `lambda x: x` or None hides the bar.
             num_images_per_prompt: images for each prompt.
             prompt_embeds: conditions from `encode_prompt`, instead of `prompt`.
             negative_prompt_embeds: the same for `negative_prompt`.

@@ -36,12 +36,6 @@ every_layout = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def empty_tensors_stay_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic mode fills every new tensor with NaN: 80 GB of them for modules that pass the CPU on their way."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-
-
 def tiny_names(component: ComponentSpec) -> list[str]:
     return list(module_shapes(meta_build(component, component.parse_config(component.tiny))))
 

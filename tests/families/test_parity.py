@@ -131,7 +131,7 @@ ORACLES = {
         ernie_encode,
         ernie_decode,
         lambda pipe, prompt: pipe.encode_prompt(prompt, CPU)[0],
-        lambda model, grids, lengths: model.layout(grids, lengths, CPU, torch.float32),
+        lambda model, grids, lengths: model.layout(grids, lengths, CPU),
     ),
 }
 

@@ -66,7 +66,7 @@ def test_one_guided_ernie_layer_stays_within_450_mib():
     config = ernie.TransformerConfig()
     with fake_weights(on_meta(lambda: ernie.TransformerLayer(config)), BF16) as layer:
         tokens = sum(GUIDED.lengths)
-        cos, sin = (torch.empty(tokens, config.head_dim, dtype=BF16) for _ in range(2))
+        cos, sin = (torch.empty(tokens, config.head_dim) for _ in range(2))
         layout = ernie.Layout(GUIDED, cos, sin)
         x = torch.empty(tokens, config.hidden_size, dtype=BF16)
         mod = torch.empty(1, 6 * config.hidden_size, dtype=BF16)

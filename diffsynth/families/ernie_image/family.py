@@ -44,10 +44,10 @@ class ErnieImageFamily:
     ) -> PackedSampler:
         """Positions, text projections and the modulation of every step."""
         assert isinstance(model, ErnieImageTransformer)
-        device, dtype = compute_placement(model)
+        device, _ = compute_placement(model)
         conditions = [condition for branch in branches for condition in branch]
         grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
-        layout = model.layout([grid] * len(conditions), [len(condition) for condition in conditions], device, dtype)
+        layout = model.layout([grid] * len(conditions), [len(condition) for condition in conditions], device)
         return PackedSampler.prepare(model, layout, branches, sigmas)
 
     def encode_image(self, vae: nn.Module, pixels: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Layout:
 
     packing: Packing
     cos: Tensor
-    """`[sum(N + M), head_dim]` in the compute dtype, image before text in each sample."""
+    """fp32 `[sum(N + M), head_dim]`, image before text in each sample."""
     sin: Tensor
     """Same shape."""
 
@@ -195,22 +195,19 @@ class ErnieImageTransformer(nn.Module):
         self.final_norm = OutputNorm(width)
         self.final_linear = Linear(width, config.out_channels)
 
-    def layout(
-        self, grids: Sequence[tuple[int, int]], txt_lengths: Sequence[int], device: torch.device, dtype: torch.dtype
-    ) -> Layout:
+    def layout(self, grids: Sequence[tuple[int, int]], txt_lengths: Sequence[int], device: torch.device) -> Layout:
         """Positions of a run.
 
         Args:
             grids: rows and columns of each sample's image, in tokens.
             txt_lengths: text tokens of each sample.
             device: where the tables are needed.
-            dtype: compute dtype; the reference multiplies by tables of that dtype.
         """
         packing = Packing(tuple(rows * columns for rows, columns in grids), tuple(txt_lengths))
         positions = torch.cat([_positions(*grid, txt) for grid, txt in zip(grids, txt_lengths, strict=True)])
         angles = rotary_angles(positions, self.config.rope_axes_dim, self.config.rope_theta)
         angles = angles.repeat_interleave(2, dim=-1)
-        return Layout(packing, angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+        return Layout(packing, angles.cos().to(device), angles.sin().to(device))
 
     def project_text(self, txt: Tensor) -> Tensor:
         """Text embeddings `[sum M, text_in_dim]` to the width of the layers; the same for every step of a run."""
