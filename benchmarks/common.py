@@ -62,7 +62,7 @@ class Comparison:
     ours: Samples
     theirs: Samples | None = None
     unit: str = "s"
-    """"s" is printed as ms; anything else as it is."""
+    """Below one, "s" is printed as ms."""
     at_least: float | None = None
     """Target: `theirs / ours` of the best runs."""
     at_most: float | None = None
@@ -99,7 +99,9 @@ class Comparison:
         return all(checks) if checks else None
 
     def _show(self, value: float) -> str:
-        return f"{value * 1000:.4g} ms" if self.unit == "s" else f"{value:.4g} {self.unit}"
+        if self.unit == "s" and value < 1:
+            return f"{value * 1000:.4g} ms"
+        return f"{value:.4g} {self.unit}"
 
     def row(self) -> list[str]:
         """Cells for `COMPARISON_HEADER`."""
@@ -209,23 +211,21 @@ def time_in_turns(
     return {name: Samples(tuple(values)) for name, values in in_turns(timed, repeats, warmup).items()}
 
 
-def checked_difference(what: str, ours: Tensor, theirs: Tensor, limit: float, *, relative: bool) -> float:
-    """Largest difference of two outputs; a benchmark of something that computes something else is worth nothing.
-
-    Args:
-        what: for the message.
-        ours, theirs: same shape.
-        limit: most that is accepted.
-        relative: divide by the largest absolute value of `theirs`.
-
-    Raises:
-        AssertionError: the difference is larger, or not a number.
-    """
-    assert ours.shape == theirs.shape, f"{what}: ours is {tuple(ours.shape)}, theirs {tuple(theirs.shape)}"
+def largest_difference(ours: Tensor, theirs: Tensor, *, relative: bool) -> float:
+    """Largest absolute difference; `relative` divides it by the largest absolute value of `theirs`."""
     ours, theirs = ours.float(), theirs.float()
     difference = float((ours - theirs).abs().max())
-    if relative:
-        difference /= float(theirs.abs().max())
+    return difference / float(theirs.abs().max()) if relative else difference
+
+
+def checked_difference(what: str, ours: Tensor, theirs: Tensor, limit: float, *, relative: bool) -> float:
+    """`largest_difference`, bounded: a benchmark of something that computes something else is worth nothing.
+
+    Raises:
+        AssertionError: the shapes differ, or the values by more than `limit`, or one is not a number.
+    """
+    assert ours.shape == theirs.shape, f"{what}: ours is {tuple(ours.shape)}, theirs {tuple(theirs.shape)}"
+    difference = largest_difference(ours, theirs, relative=relative)
     assert difference <= limit, f"{what}: the outputs differ by {difference:.2e}, more than {limit:.0e}"
     return difference
 
@@ -372,7 +372,8 @@ def finish(report: Report, kind: str, *, save: bool) -> None:
     """Print the ratios, write the file if asked, and end with one line of JSON."""
     print(f"\n## Ratios\n\n{report.ratios()}\n")
     if save:
-        print(f"Saved {report.save(kind).relative_to(ROOT)}\n")
+        path = report.save(kind).relative_to(ROOT)
+        print(f"Saved {path}: add what surprised to its notes, and the file to the list in benchmarks/README.md.\n")
     print(report.as_json())
 
 

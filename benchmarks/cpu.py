@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 if not __package__:  # run as a script: `cuda.py` in this folder would hide NVIDIA's package of that name from torch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
 
 from benchmarks.common import Figure, Report, command_line, finish, hardware
 from benchmarks.figures import Options, imports, load, memory, step, vae

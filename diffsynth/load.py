@@ -7,7 +7,8 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from .weights.reader import PICKLE_SUFFIXES, CheckpointReader
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Found:
+    """A component recognised in files, and how it is to be kept."""
+
+    recognised: Recognised
+    residence: Residence | None
+    """None where the weights simply stay on the device."""
+
+
 def load_components(
     family: Family,
     configs: Sequence[ModelConfig],
@@ -34,20 +44,33 @@ def load_components(
     wanted: Sequence[str] | None = None,
     vram_limit: float | None = None,
 ) -> dict[str, nn.Module]:
-    """Load the components of `family` from the files that `configs` name.
+    """`find_components`, then `fill_components`."""
+    found = find_components(family, configs, dtype=dtype, device=device, wanted=wanted)
+    return fill_components(found, dtype=dtype, device=device, vram_limit=vram_limit)
+
+
+def find_components(
+    family: Family,
+    configs: Sequence[ModelConfig],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Sequence[str] | None = None,
+) -> dict[str, Found]:
+    """Find the components of `family` in the files that `configs` name, reading headers only.
 
     Args:
         family: whose components are expected.
         configs: in any order; a folder may hold several components.
         dtype: of weights and computation, unless a config says otherwise.
         device: the same for the place.
-        wanted: names of the components that must be there; None for all of the family.
-        vram_limit: GiB that weights may keep on the computation device, for configs that offload.
+        wanted: names of the components that must be there, and are returned; None for all of the family.
 
     Raises:
         MissingFileError: a file or a component is missing.
         WrongModelError: a file holds a component of another family, or two files hold the same one.
         KeyMismatchError, UnknownModelError, CorruptFileError, UnsafeFileError: see `recognise` and `weights.reader`.
+        InvalidInputError: memory fields of a config that contradict each other.
     """
     known = [component.name for component in family.spec.components]
     for name in wanted or ():
@@ -60,11 +83,25 @@ def load_components(
                 _check_place(recognised, family, found)
                 found[recognised.component.name] = (recognised, config)
     _check_all_there(family, found, known if wanted is None else wanted)
-    chosen = {name: found[name] for name in found if wanted is None or name in wanted}
-    residences = {name: Residence.of(config, dtype, device) for name, (_, config) in chosen.items()}
     return {
-        name: _fill(recognised, residences[name], dtype, device, vram_limit) for name, (recognised, _) in chosen.items()
+        name: Found(recognised, Residence.of(config, dtype, device))
+        for name, (recognised, config) in found.items()
+        if wanted is None or name in wanted
     }
+
+
+def fill_components(
+    found: Mapping[str, Found], *, dtype: torch.dtype, device: torch.device, vram_limit: float | None = None
+) -> dict[str, nn.Module]:
+    """Read the weights of what `find_components` found.
+
+    Args:
+        found: by name.
+        dtype: of weights and computation, for components without a residence.
+        device: the same for the place.
+        vram_limit: GiB that weights may keep on the computation device, for components with one.
+    """
+    return {name: _fill(item.recognised, item.residence, dtype, device, vram_limit) for name, item in found.items()}
 
 
 def _readers(config: ModelConfig, family: Family) -> list[Reader]:
@@ -171,7 +208,8 @@ def _fill(
             read,
             residence,
             separate=component.timestep_only,
-            quantizable=component.blocks and f"{component.blocks}.",
+            # Without repeated blocks it is an autoencoder: small, and every rounding is seen in the picture.
+            quantizable=[f"{component.blocks}."] if component.blocks else [],
             limit=vram_limit,
         )
     else:

@@ -1,6 +1,6 @@
 """Write a tiny checkpoint of each family, make pictures from it, look into the files: the whole way in half a minute.
 
-The weights are random, so the pictures are coloured noise; with a published checkpoint the same commands make real ones.
+The weights are random, so the pictures are coloured noise; a published checkpoint gives real ones.
 """
 
 import os
@@ -24,7 +24,7 @@ def run(*words: str) -> None:
 
 def main(folder: Path) -> None:
     """Make everything below `folder`."""
-    from diffsynth.tiny_checkpoint import write_tiny_checkpoint
+    from diffsynth.tiny.checkpoint import write_tiny_checkpoint
 
     for family, prompt in PROMPTS.items():
         model = folder / f"tiny-{family}"

@@ -4,8 +4,9 @@ import ast
 import importlib
 from pathlib import Path
 
-import diffsynth
 import pytest
+
+import diffsynth
 
 ROOT = Path(diffsynth.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
@@ -113,5 +114,7 @@ def test_the_map_names_every_file_and_only_those():
         if entry.endswith(".py"):
             listed.add("/".join(folders))
     # Packages' own __init__ files hold a docstring and need no line.
-    there = {str(path.relative_to(ROOT.parent)) for path in FILES if path.name != "__init__.py"} | {"diffsynth/__init__.py"}
+    there = {str(path.relative_to(ROOT.parent)) for path in FILES if path.name != "__init__.py"} | {
+        "diffsynth/__init__.py"
+    }
     assert listed == there

@@ -28,7 +28,7 @@ from diffsynth.registry import FAMILIES
 from diffsynth.runtime.errors import CorruptFileError, InvalidInputError, MissingFileError
 from diffsynth.runtime.image import load_image, read_parameters, save_image
 from diffsynth.runtime.log import ProgressSafeHandler
-from diffsynth.tiny_tokenizers import write_qwen_tokenizer, write_tekken_tokenizer
+from diffsynth.tiny.tokenizers import write_qwen_tokenizer, write_tekken_tokenizer
 
 FAST = ("--steps", "2", "--size", "32x32", "--cfg-scale", "1", "--dtype", "float32", "--device", "cpu")
 Run = Callable[..., Result]

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from diffsynth.cli import main
-from diffsynth.tiny_checkpoint import write_tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from diffsynth.cli import main
+from diffsynth.tiny.checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +87,7 @@ def run_python(code: str) -> dict:
     return scope
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_by_default(monkeypatch):
     """Calls that name no size make small images."""
     from diffsynth.pipelines.ernie_image import ErnieImagePipeline
@@ -116,7 +117,9 @@ def test_commands_run_as_written(code, workplace, monkeypatch):
     lines = code.replace("\\\n", " ").splitlines()
     for words in [shlex.split(line, comments=True) for line in lines if line.startswith("diffsynth ")]:
         if words[1] == "inspect" and words[2] == "image.png":
-            made = CliRunner().invoke(main, ["generate", "a fox", *_small("models/Qwen/Qwen-Image"), "--out", "image.png"])
+            made = CliRunner().invoke(
+                main, ["generate", "a fox", *_small("models/Qwen/Qwen-Image"), "--out", "image.png"]
+            )
             assert made.exit_code == 0, made.output
         if words[1] == "generate":
             model = words[words.index("--model") + 1]

@@ -426,7 +426,7 @@ INVALID: list[tuple[str, Any, str]] = [
     ("tile_stride", 0, "tile_stride=0"),
     ("tile_stride", 200, "tile_stride=200 must be at most tile_size=128"),
     ("tile_size", "big", "tile_size='big'"),
-    ("input_image", "cat.png", "PIL image, got str"),
+    ("input_image", 5, "input_image=5"),
 ]
 
 

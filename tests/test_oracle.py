@@ -10,7 +10,7 @@ import torch
 from oracle import FAMILIES, make_oracle, oracle_images, oracle_latents, save_oracle
 from safetensors import safe_open
 
-from diffsynth.tiny_tokenizers import write_qwen_tokenizer, write_tekken_tokenizer
+from diffsynth.tiny.tokenizers import write_qwen_tokenizer, write_tekken_tokenizer
 
 Oracles = Callable[[str], tuple[Any, Path]]
 

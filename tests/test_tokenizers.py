@@ -11,7 +11,7 @@ import pytest
 from real_tokenizers import merges_from_ranks, real_qwen_tokenizer, real_tekken_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from diffsynth.tiny_tokenizers import (
+from diffsynth.tiny.tokenizers import (
     QWEN_SPECIAL_TOKENS,
     TEKKEN_SPECIAL_TOKENS,
     write_qwen_tokenizer,
@@ -175,7 +175,7 @@ def test_saving_and_loading_changes_nothing(
 def test_tiny_training_is_deterministic_across_processes(folders: dict[str, Path], tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\n"
-        "from diffsynth.tiny_tokenizers import write_qwen_tokenizer, write_tekken_tokenizer\n"
+        "from diffsynth.tiny.tokenizers import write_qwen_tokenizer, write_tekken_tokenizer\n"
         f"write_qwen_tokenizer(Path({str(tmp_path / 'qwen')!r}))\n"
         f"write_tekken_tokenizer(Path({str(tmp_path / 'tekken')!r}))\n"
     )
@@ -189,7 +189,7 @@ def test_tiny_training_is_deterministic_across_processes(folders: dict[str, Path
 
 def test_importing_the_tiny_tokenizers_is_light() -> None:
     script = (
-        "import sys, diffsynth.tiny_tokenizers\n"
+        "import sys, diffsynth.tiny.tokenizers\n"
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules), 'heavy import'"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -1,10 +1,10 @@
 """Let a module's weights rest in one place and compute in another, from outside, unit by unit.
 
 A unit is a piece of the module that runs as one call: a child, an element of a list of blocks, or a part of a block
-that runs on its own schedule. Before a unit runs its weights are brought to the computation device and dtype; afterwards
-they are dropped again. The resting weights are never written back: nothing changes them. What is attached leaves the
-module's arithmetic as it is, so the result is the same wherever the weights rest (fp8 storage rounds them once, when
-they are stored).
+that runs on its own schedule. Before a unit runs its weights are brought to the computation device and dtype;
+afterwards they are dropped again. The resting weights are never written back: nothing changes them. What is attached
+leaves the module's arithmetic as it is, so the result is the same wherever the weights rest (fp8 storage rounds them
+once, when they are stored).
 """
 
 import logging
@@ -25,6 +25,8 @@ from .quantized import FP8_DTYPES, QuantizedWeight
 logger = logging.getLogger(__name__)
 
 DISK = "disk"
+ALL = ("",)
+"""Prefix of every name."""
 Stored = Tensor | QuantizedWeight
 Place = tuple[torch.device | str, torch.dtype]
 """Device (or "disk") and dtype."""
@@ -145,7 +147,7 @@ class Attachment:
         residence: Residence,
         *,
         separate: Sequence[str] = (),
-        quantizable: str | None = None,
+        quantizable: Sequence[str] = ALL,
         limit: float | None = None,
     ) -> None:
         self.module = module
@@ -153,7 +155,7 @@ class Attachment:
         self.limit = limit
         self._read = read
         self._separate = tuple(separate)
-        self._quantizable = quantizable
+        self._quantizable = tuple(quantizable)
         self._phases = 0
         self._onloaded: dict[str, Stored] = {}
         self._kept_bytes = 0
@@ -178,17 +180,17 @@ class Attachment:
         for name in self.module.state_dict().keys() - parameters:
             owner_path, _, leaf = name.rpartition(".")
             self.module.get_submodule(owner_path)._buffers[leaf] = self._read(name)
-        self._move_buffers()
-
-    def _move_buffers(self) -> None:
         for owner in self.module.modules():
             for leaf, buffer in owner._buffers.items():
                 if buffer is not None:
-                    owner._buffers[leaf] = buffer.to(self.residence.computation[0])
+                    owner._buffers[leaf] = buffer.to(device)
 
     def _quantizes(self, name: str, tensor: Tensor) -> bool:
-        inside = self._quantizable is None or name.startswith(self._quantizable)
-        return tensor.ndim >= 2 and inside and not any(fnmatch(name, pattern) for pattern in self._separate)
+        return (
+            tensor.ndim >= 2
+            and name.startswith(self._quantizable)
+            and not any(fnmatch(name, pattern) for pattern in self._separate)
+        )
 
     def _convert(self, name: str, stored: Stored, place: Place) -> Stored:
         """`stored` as it is kept at `place`: quantized if that is fp8 and the tensor can bear it."""
@@ -309,6 +311,8 @@ class Attachment:
         place = self.residence.offload
         if place[0] == DISK:
             place = torch.device("cpu"), place[1]
+        permanent = {name: buffer.dtype for name, buffer in self.module.named_buffers()}
+        permanent |= {name: self.residence.computation[1] for name, _ in self.module.named_parameters(recurse=False)}
         try:
             return type(self.module).load_state_dict(self.module, state_dict, strict=strict, assign=True)
         finally:
@@ -319,7 +323,10 @@ class Attachment:
                     if given is not None and not given.is_meta:
                         self._rest[name] = self._convert(name, given.detach().clone(), place)
             self._clear()
-            self._move_buffers()
+            for name, dtype in permanent.items():
+                owner_path, _, leaf = name.rpartition(".")
+                tensor = getattr(self.module.get_submodule(owner_path), leaf)
+                tensor.data = tensor.data.to(self.residence.computation[0], dtype, copy=True)
 
     def detach(self) -> None:
         """Put all weights in the computation place, for good, and take the hooks away."""
@@ -347,7 +354,7 @@ def attach(
     residence: Residence,
     *,
     separate: Sequence[str] = (),
-    quantizable: str | None = None,
+    quantizable: Sequence[str] = ALL,
     limit: float | None = None,
 ) -> Attachment:
     """Attach `module`, whose parameters may still be on the meta device.
@@ -357,8 +364,8 @@ def attach(
         read: parameter or buffer by name, on the CPU.
         residence: where weights rest and compute.
         separate: glob patterns of parameters that run apart from their block (timestep-only layers); never quantized.
-        quantizable: only parameters whose name begins so are stored in fp8, the others keep the compute dtype; None
-            for all matrices and kernels.
+        quantizable: prefixes of the parameters that may be stored in fp8, if they are matrices or kernels; the others
+            keep the compute dtype.
         limit: GiB of weights that may stay in the preparing place during a phase; None for no limit.
 
     Raises:

@@ -60,7 +60,7 @@ class PeakMemory(TorchDispatchMode):
 
 @contextmanager
 def fake_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """Within this context all tensors are fake, and `module`, built on the meta device, has fake CPU weights of `dtype`."""
+    """In this context all tensors are fake, and `module`, built on the meta device, has fake CPU weights."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for owner in module.modules():
             for tensors in (owner._parameters, owner._buffers):

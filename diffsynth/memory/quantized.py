@@ -29,8 +29,9 @@ class QuantizedWeight:
         return cls((values / scale).to(dtype), scale)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Tensor | QuantizedWeight":
-        """Move; an fp8 `dtype` keeps it quantized, any other restores the weight after the transfer of the small bytes."""
-        data, scale = self.data.to(device, non_blocking=True), self.scale.to(device, non_blocking=True)
+        """Move the small bytes; an fp8 `dtype` keeps them quantized, any other restores the weight there."""
+        ahead = device.type != "cpu"  # a copy to the host must have ended before it is read
+        data, scale = self.data.to(device, non_blocking=ahead), self.scale.to(device, non_blocking=ahead)
         if dtype in FP8_DTYPES:
             return QuantizedWeight(data, scale)
         return (data.float() * scale).to(dtype)

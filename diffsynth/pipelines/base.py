@@ -24,7 +24,7 @@ from ..generate import (
     positive_int,
     seeds_per_image,
 )
-from ..load import load_components
+from ..load import fill_components, find_components
 from ..memory.attach import attachment_of
 from ..runtime.device import default_device, resolve_device, warn_about_environment
 from ..runtime.errors import InvalidInputError, MissingFileError
@@ -82,12 +82,11 @@ class BasePipeline:
         if vram_limit is not None:
             finite_float("vram_limit", vram_limit, low=0)
         pipe = cls(device, torch_dtype)
-        # The tokenizer first: it is small, and a mistake in it should not show after minutes of reading weights.
+        found = find_components(cls.family, model_configs, dtype=torch_dtype, device=pipe.device, wanted=components)
+        # The tokenizer before the weights: it is small, and a mistake in it should not show after minutes of reading.
         if tokenizer_config is not None and (components is None or "text_encoder" in components):
             pipe.tokenizer = pipe._load_tokenizer(tokenizer_config)
-        loaded = load_components(
-            cls.family, model_configs, dtype=torch_dtype, device=pipe.device, wanted=components, vram_limit=vram_limit
-        )
+        loaded = fill_components(found, dtype=torch_dtype, device=pipe.device, vram_limit=vram_limit)
         for name, module in loaded.items():
             setattr(pipe, name, module)
         pipe.source = _source(model_configs)
@@ -98,6 +97,13 @@ class BasePipeline:
         folder = paths[0] if paths[0].is_dir() else paths[0].parent
         inner = folder / self.family.spec.tokenizer_folder
         folder = inner if inner.is_dir() else folder
+        # Without vocabulary files the library makes an empty tokenizer, and every prompt would mean the same.
+        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+            listed = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+            raise MissingFileError(
+                f"No tokenizer of {self.family.spec.title} in {folder.absolute()}: neither tokenizer.json nor "
+                f"vocab.json is there (it holds {listed})."
+            )
         try:
             return self.family.load_tokenizer(str(folder))
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from diffsynth.families.ernie_image import transformer as ernie
 from diffsynth.families.ernie_image.vae import Flux2VAE
 from diffsynth.families.qwen_image import transformer as qwen
 from diffsynth.families.qwen_image.vae import QwenImageVAE
 from diffsynth.memory.measure import PeakMemory, activation_peak, fake_weights
 from diffsynth.ops.packing import Packing
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 MIB = 2**20
 BF16 = torch.bfloat16

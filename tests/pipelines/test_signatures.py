@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 import torch
+from tqdm import tqdm
+
 from diffsynth.pipelines import ernie_image, qwen_image
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline
 from diffsynth.pipelines.qwen_image import ModelConfig, QwenImagePipeline
-from diffsynth.tiny_checkpoint import write_tiny_checkpoint
-from tqdm import tqdm
+from diffsynth.tiny.checkpoint import write_tiny_checkpoint
 
 QWEN_CALL = {
     "prompt": "",

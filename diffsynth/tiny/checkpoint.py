@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .runtime.errors import InvalidInputError, OutputError
+from ..runtime.errors import InvalidInputError, OutputError
 
 
-def write_tiny_checkpoint(family: str, folder: str | Path, *, seed: int = 0, max_shard_bytes: int | None = None) -> Path:
+def write_tiny_checkpoint(
+    family: str, folder: str | Path, *, seed: int = 0, max_shard_bytes: int | None = None
+) -> Path:
     """Write a repository of `family` to `folder` and return the folder.
 
     Args:
@@ -22,8 +24,8 @@ def write_tiny_checkpoint(family: str, folder: str | Path, *, seed: int = 0, max
     """
     import torch
 
-    from .registry import family_named
-    from .tiny_tokenizers import write_qwen_tokenizer, write_tekken_tokenizer
+    from ..registry import family_named
+    from .tokenizers import write_qwen_tokenizer, write_tekken_tokenizer
 
     spec = family_named(family).spec
     root = Path(folder)
