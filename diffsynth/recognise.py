@@ -7,7 +7,8 @@ read here.
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,28 @@ def meta_build(component: ComponentSpec, config: Any) -> nn.Module:
     """The component's module with parameters on the meta device and real non-parameter buffers."""
     from accelerate import init_empty_weights
 
-    # Each parameter exists on the CPU for a moment before it moves to meta; deterministic mode would fill it.
+    with _without_initialisation(), init_empty_weights(include_buffers=False):
+        return component.build(config).eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_initialisation() -> Iterator[None]:
+    """Leave the parameters of common layers as they are created: they are about to be replaced.
+
+    Each exists on the CPU for a moment before it moves to meta, where drawing random numbers for it costs most of the
+    time of a build; and deterministic mode would fill it with NaN.
+    """
     deterministic: Any = torch.utils.deterministic
     filling, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    layers: list[Any] = [nn.Linear, nn.Embedding, nn.modules.conv._ConvNd]
+    methods = [layer.reset_parameters for layer in layers]
+    for layer in layers:
+        layer.reset_parameters = lambda self: None
     try:
-        with init_empty_weights(include_buffers=False):
-            return component.build(config).eval().requires_grad_(False)
+        yield
     finally:
+        for layer, method in zip(layers, methods, strict=True):
+            layer.reset_parameters = method
         deterministic.fill_uninitialized_memory = filling
 
 
@@ -161,12 +177,13 @@ def candidates(reader: Reader) -> list[Recognised]:
         for component in family.spec.components:
             named = config is not None and _class_of(config) in component.class_names
             marked = [layout for layout in component.layouts if layout.to_file(component.marker) in reader]
-            readings = [
-                reading
-                for layout in (marked or component.layouts if named else marked)
-                if (reading := _read_as(reader, family, component, layout, config if named else None)) is not None
-                and reading.names
-            ]
+            readings: list[Recognised] = []
+            for layout in marked or component.layouts if named else marked:
+                reading = _read_as(reader, family, component, layout, config if named else None)
+                if reading is not None and reading.names:
+                    readings.append(reading)
+                    if reading.complete and len(reading.claimed) == len(reader):
+                        break  # nothing can fit better, and building a module of every layout takes time
             if readings:
                 found.append(min(readings, key=lambda r: (len(r.missing) + len(r.misshaped), -len(r.claimed))))
     # Two families may share a marker in some layout; a complete reading leaves no doubt, and so does a named class.

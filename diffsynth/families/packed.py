@@ -1,4 +1,4 @@
-"""What both families do alike: one pass over the packed sequences of all images and guidance branches."""
+"""What the families do alike: one pass over the packed sequences of all images and guidance branches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import compute_placement
+
+PIXELS_PER_TOKEN = 16
+"""Side of the square of pixels behind an image token: 8 of the autoencoder times 2x2 latents."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,30 @@ class PackedSampler:
         tokens = x.to(self.txt).flatten(0, 1).repeat(self.branches, 1)
         velocity = self.model(tokens, self.txt, self.table.step(step), self.layout)
         return velocity.reshape(self.branches, *x.shape)
+
+
+class PackedFamily:
+    """The verbs of `spec.Family` that are the same for every transformer over packed 16-pixel tokens.
+
+    The transformer offers `layout`, `project_text`, `modulation` and a forward over packed tokens, the autoencoder
+    `encode` and `decode`.
+    """
+
+    def prepare(
+        self, model: Any, branches: Sequence[Sequence[Tensor]], sigmas: Tensor, height: int, width: int
+    ) -> PackedSampler:
+        """Positions, text projections and the modulation of every step."""
+        device, _ = compute_placement(model)
+        lengths = [len(condition) for branch in branches for condition in branch]
+        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        return PackedSampler.prepare(model, model.layout([grid] * len(lengths), lengths, device), branches, sigmas)
+
+    def encode_image(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Mean of the posterior, normalised."""
+        device, dtype = compute_placement(vae)
+        return vae.encode(pixels.to(device, dtype))
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pixels, about -1..1."""
+        device, dtype = compute_placement(vae)
+        return vae.decode(latents.to(device), dtype)

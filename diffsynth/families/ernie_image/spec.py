@@ -6,8 +6,6 @@ from . import keys, text
 from .transformer import ErnieImageTransformer, TransformerConfig
 from .vae import Flux2VAE, VAEConfig
 
-PIXELS_PER_TOKEN = 16
-"""Side of the square of pixels behind one image token: 8 of the autoencoder times the 2x2 folding."""
 DEFAULT_SIZE = (1024, 1024)
 SCHEDULER = FlowMatchScheduler(shift=3.0)
 """Of the base model; the Turbo checkpoint wants a shift of 4.0."""

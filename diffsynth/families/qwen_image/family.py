@@ -1,20 +1,17 @@
 """Qwen-Image behind the verbs of `spec.Family`."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...ops.patchify import from_tokens, patchify, to_tokens, unpatchify
 from ...spec import FamilySpec, compute_placement
-from ..packed import PackedSampler
+from ..packed import PIXELS_PER_TOKEN, PackedFamily
 from . import text
-from .spec import PIXELS_PER_TOKEN, SPEC
-from .transformer import QwenImageTransformer
-from .vae import QwenImageVAE
+from .spec import SPEC
 
 
-class QwenImageFamily:
+class QwenImageFamily(PackedFamily):
     """See `spec.Family` for what each verb takes and returns."""
 
     spec: ClassVar[FamilySpec] = SPEC
@@ -38,26 +35,3 @@ class QwenImageFamily:
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Inverse of `pack`."""
         return unpatchify(from_tokens(tokens, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN))
-
-    def prepare(
-        self, model: nn.Module, branches: Sequence[Sequence[Tensor]], sigmas: Tensor, height: int, width: int
-    ) -> PackedSampler:
-        """Positions, text projections and the modulation of every step."""
-        assert isinstance(model, QwenImageTransformer)
-        device, _ = compute_placement(model)
-        conditions = [condition for branch in branches for condition in branch]
-        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
-        layout = model.layout([grid] * len(conditions), [len(condition) for condition in conditions], device)
-        return PackedSampler.prepare(model, layout, branches, sigmas)
-
-    def encode_image(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        """Posterior mean, normalised."""
-        assert isinstance(vae, QwenImageVAE)
-        device, dtype = compute_placement(vae)
-        return vae.encode(pixels.to(device, dtype))
-
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Pixels, about -1..1."""
-        assert isinstance(vae, QwenImageVAE)
-        device, dtype = compute_placement(vae)
-        return vae.decode(latents.to(device), dtype)

@@ -9,8 +9,6 @@ from . import keys, text
 from .transformer import QwenImageTransformer, TransformerConfig
 from .vae import QwenImageVAE, VAEConfig
 
-PIXELS_PER_TOKEN = 16
-"""Side of the square of pixels behind one image token: 8 of the autoencoder times the 2x2 patch."""
 DEFAULT_SIZE = (1328, 1328)
 
 SCHEDULER = FlowMatchScheduler(mu_line=((256, 0.5), (8192, 0.9)), terminal=0.02)
