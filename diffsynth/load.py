@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .memory.attach import Residence, attach
-from .recognise import MemoryReader, Reader, Recognised, recognise
+from .recognise import MemoryReader, Reader, Recognised, module_shapes, recognise
 from .runtime.errors import InvalidInputError, MissingFileError, UnsafeFileError, WrongModelError
 from .spec import ComponentSpec, Family
 from .weights.local import INDEX_SUFFIX, indexed_files
@@ -24,6 +24,9 @@ from .weights.model_config import ModelConfig
 from .weights.reader import PICKLE_SUFFIXES, CheckpointReader
 
 logger = logging.getLogger(__name__)
+
+_RELEASE_AFTER = 1 << 28
+"""Bytes copied out of mapped files before their pages are given back."""
 
 
 @dataclass(frozen=True)
@@ -195,28 +198,42 @@ def _fill(
     device: torch.device,
     vram_limit: float | None,
 ) -> nn.Module:
-    module, reader = recognised.module, recognised.reader
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-    def read(our_name: str) -> torch.Tensor:
-        return reader.read(recognised.names[our_name]).reshape(shapes[our_name])
-
-    if residence is not None:
-        component = recognised.component
+    module, reader, component = recognised.module, recognised.reader, recognised.component
+    if residence is None:
+        _fill_in_place(module, recognised, dtype, device)
+    else:
+        shapes = module_shapes(module)
         attach(
             module,
-            read,
+            lambda our_name: reader.read(recognised.names[our_name]).reshape(shapes[our_name]),
             residence,
             separate=component.timestep_only,
             # Without repeated blocks it is an autoencoder: small, and every rounding is seen in the picture.
             quantizable=[f"{component.blocks}."] if component.blocks else [],
             limit=vram_limit,
         )
-    else:
-        parameters = dict(module.named_parameters())  # buffers (statistics, counters) keep the dtype of the file
-        state = {name: read(name).to(device, dtype if name in parameters else None) for name in shapes}
-        module.load_state_dict(state, strict=True, assign=True)
-        module.to(device)  # buffers that no checkpoint holds
-    module.requires_grad_(False)
     logger.info("Loaded the %s from %s.", recognised.title, reader.describe())
     return module
+
+
+def _fill_in_place(module: nn.Module, recognised: Recognised, dtype: torch.dtype, device: torch.device) -> None:
+    """Put every tensor where it belongs. Names and shapes were compared before, so nothing is looked up twice."""
+    reader, names = recognised.reader, recognised.names
+    copied = 0
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                stored = reader.read(names[prefix + leaf])
+                tensor = stored.to(device, dtype)
+                copied += 0 if tensor is stored else stored.nbytes
+                if copied > _RELEASE_AFTER:  # the file's pages are done with: keep them from adding to the copies
+                    copied = 0
+                    reader.release()
+                if tensor.shape != parameter.shape:  # a 1x1 convolution that is a matrix here
+                    tensor = tensor.reshape(parameter.shape)
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None:  # statistics and counters keep the dtype of the file; some buffers are in no file
+                name = names.get(prefix + leaf)
+                owner._buffers[leaf] = (buffer if name is None else reader.read(name)).to(device)

@@ -75,6 +75,9 @@ class MemoryReader(Mapping[str, TensorInfo]):
         """One tensor, as it was given."""
         return self._tensors[name]
 
+    def release(self) -> None:
+        """Nothing to let go of: the caller owns the tensors."""
+
 
 Reader = CheckpointReader | MemoryReader
 

@@ -24,8 +24,6 @@ DTYPE_BYTES = {
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes per element of every dtype that PyTorch can hold; the format has a few more, of less than a byte."""
-_MAPPING_BYTES = 1 << 28
-"""Read from one mapping of a file before it is mapped anew: who copies tensors and drops them gets the pages back."""
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _MAX_ELEMENTS = 2**63 - 1
 _LONGEST_REASON = 300  # characters of a header's own text that may get into a message
@@ -182,7 +180,7 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         self.paths = tuple(paths)
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, TensorInfo] = {}
-        self._open: dict[Path, tuple[Any, int]] = {}  # the mapped file, and bytes handed out of this mapping
+        self._open: dict[Path, Any] = {}
         for path in self.paths:
             tensors, metadata = read_header(path)
             for name in tensors.keys() & self._tensors.keys():
@@ -230,12 +228,14 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         """
         from safetensors import SafetensorError, safe_open
 
-        path, nbytes = self._tensors[name].file, self._tensors[name].nbytes
+        path = self._tensors[name].file
         try:
-            mapped, used = self._open.get(path, (None, 0))
-            if mapped is None or used > _MAPPING_BYTES:
-                mapped, used = safe_open(path, framework="pt", device="cpu"), 0
-            self._open[path] = (mapped, used + nbytes)
-            return mapped.get_tensor(name)
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            return self._open[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"{path} can no longer be read: {error}. Was it changed meanwhile?") from error
+
+    def release(self) -> None:
+        """Let go of the mapped files; pages that no tensor refers to leave this process, later reads map anew."""
+        self._open.clear()
