@@ -143,7 +143,13 @@ def _without_initialisation() -> Iterator[None]:
 
 def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor a checkpoint of `module` holds."""
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, owner in module.named_modules():
+        persistent = {name: b for name, b in owner._buffers.items() if name not in owner._non_persistent_buffers_set}
+        for leaf, tensor in (*owner._parameters.items(), *persistent.items()):
+            if tensor is not None:
+                shapes[f"{path}.{leaf}" if path else leaf] = tuple(tensor.shape)
+    return shapes
 
 
 def recognise(reader: Reader) -> list[Recognised]:

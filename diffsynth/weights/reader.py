@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+DTYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "U16": ("uint16", 2), "I16": ("int16", 2), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "U32": ("uint32", 4), "I32": ("int32", 4), "F32": ("float32", 4),
+    "U64": ("uint64", 8), "I64": ("int64", 8), "F64": ("float64", 8), "C64": ("complex64", 8),
 }  # fmt: skip
-"""Bytes per element of every dtype that PyTorch can hold; the format has a few more, of less than a byte."""
+"""PyTorch's name and the bytes of every dtype that it can hold; the format has a few more, of less than a byte."""
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _MAX_ELEMENTS = 2**63 - 1
 _LONGEST_REASON = 300  # characters of a header's own text that may get into a message
@@ -37,6 +41,8 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = 0
+    """Of its first byte in the file."""
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -132,15 +138,15 @@ def _parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorIn
             if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
                 raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets")
             dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            if not isinstance(dtype, str) or dtype not in DTYPES:
                 raise ValueError(f"tensor {name!r} has dtype {dtype!r}, which cannot be read")
             if not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2:
                 raise ValueError(f"tensor {name!r} has an impossible shape or place")
             begin, end = place
-            if _elements(shape) * DTYPE_BYTES[dtype] != end - begin:
+            if _elements(shape) * DTYPES[dtype][1] != end - begin:
                 raise ValueError(f"tensor {name!r} of dtype {dtype} has a shape that cannot take {end - begin} bytes")
             spans.append((begin, end))
-            tensors[name] = TensorInfo(path, dtype, tuple(shape), end - begin)
+            tensors[name] = TensorInfo(path, dtype, tuple(shape), end - begin, 8 + len(raw) + begin)
     except (ValueError, RecursionError) as error:
         reason = str(error) if len(str(error)) <= _LONGEST_REASON else f"{str(error)[:_LONGEST_REASON]}..."
         raise CorruptFileError(f"{path} has a damaged safetensors header: {reason}. Download it again.") from error
@@ -180,9 +186,11 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         self.paths = tuple(paths)
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, TensorInfo] = {}
+        self._sizes: dict[Path, int] = {}
         self._open: dict[Path, Any] = {}
         for path in self.paths:
             tensors, metadata = read_header(path)
+            self._sizes[path] = path.stat().st_size
             for name in tensors.keys() & self._tensors.keys():
                 raise CorruptFileError(
                     f"Tensor {name!r} stands both in {self._tensors[name].file} and in {path}: these are no shards of "
@@ -226,15 +234,29 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         The tensor is a view of the memory-mapped file: its pages are read when they are first touched, and shared with
         the system's file cache. Writing to it copies the page (the mapping is private); the file never changes.
         """
-        from safetensors import SafetensorError, safe_open
+        import torch
 
-        path = self._tensors[name].file
-        try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            return self._open[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{path} can no longer be read: {error}. Was it changed meanwhile?") from error
+        info = self._tensors[name]
+        dtype: torch.dtype = getattr(torch, DTYPES[info.dtype][0])
+        storage = self._mapped(info.file)
+        if info.offset % dtype.itemsize == 0:
+            return torch.empty(0, dtype=dtype).set_(storage, info.offset // dtype.itemsize, info.shape)  # type: ignore[call-overload]
+        # A writer that does not align its tensors: these bytes cannot be viewed in place.
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage, info.offset, (info.nbytes,))  # type: ignore[call-overload]
+        return raw.clone().view(dtype).reshape(info.shape)
+
+    def _mapped(self, path: Path) -> "torch.UntypedStorage":
+        import torch
+
+        if path not in self._open:
+            try:
+                size = path.stat().st_size
+                if size != self._sizes[path]:
+                    raise OSError(f"it had {self._sizes[path]} bytes and now has {size}")
+                self._open[path] = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            except (OSError, RuntimeError) as error:
+                raise CorruptFileError(f"{path} can no longer be read: {error}. Was it changed meanwhile?") from error
+        return self._open[path]
 
     def release(self) -> None:
         """Let go of the mapped files; pages that no tensor refers to leave this process, later reads map anew."""
