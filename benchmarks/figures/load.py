@@ -85,7 +85,7 @@ def _comparisons(
     memory = MEMORY_TARGET if words == CONVERSIONS["file"] and not small else None
     return [
         compare("time until every weight was read once", "seconds_touched", at_least=speed),
-        compare("time until the model stands", "seconds_loaded"),
+        compare("time until the model stands", "seconds_loaded", at_least=speed),
         compare("peak resident memory, every weight read", "peak_touched", nbytes, at_most=memory),
         compare("peak resident memory, model standing", "peak_loaded", nbytes),
     ]
