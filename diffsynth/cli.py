@@ -42,13 +42,14 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("\nInterrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
-        except (DiffSynthError, RuntimeError) as error:
-            # torch raises RuntimeErrors; of these only a full device is something that a user can mend
-            if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+        except (DiffSynthError, RuntimeError, OSError, UnicodeEncodeError) as error:
+            # torch raises RuntimeErrors; of these only a lack of memory is something that a user can mend
+            full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+            if isinstance(error, BrokenPipeError) or (isinstance(error, RuntimeError) and not full):
                 raise
             if ctx.meta.get(_VERBOSE, 0) >= 2:
                 traceback.print_exc()
-            hint = "" if isinstance(error, DiffSynthError) else _OUT_OF_MEMORY
+            hint = _OUT_OF_MEMORY if full else ""
             click.echo(f"Error: {error}{hint}", err=True)
             ctx.exit(EXIT_ERROR)
 

@@ -6,6 +6,8 @@ phase is named where it begins (`in_use`), so that memory can follow.
 
 import logging
 import math
+import numbers
+import operator
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 PIXEL_MULTIPLE = 16
 """Sides of an image are multiples of this in every family here."""
+MAX_SIDE = 16384
+"""Pixels; far beyond what the models were trained for."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,9 @@ def denoise(
     x = torch.cat([_initial(family, request, seed, sigmas, image_latents) for seed in seeds]).to(device)
     sampler = family.prepare(model, branches, sigmas, height, width)
     x = family.pack(x)
+    steps_done = 0
     for step in request.progress(range(len(sigmas) - 1)):
+        steps_done += 1
         velocity = sampler.velocity(x, step)
         guidance = request.guidance
         if guidance.active:
@@ -212,6 +218,10 @@ def denoise(
             seen = Step(step, len(sigmas) - 1, float(sigmas[step + 1]), latents, start)
             if request.callback(seen) is False:
                 raise GenerationCancelled(f"Stopped by the callback after step {step + 1} of {seen.total}.")
+    if steps_done != len(sigmas) - 1:
+        raise InvalidInputError(
+            f"progress_bar_cmd passed on {steps_done} of {len(sigmas) - 1} steps; it must pass all."
+        )
     return family.unpack(x, height, width)
 
 
@@ -247,27 +257,42 @@ def _finite(tensor: Tensor, where: str) -> Tensor:
 # What a caller may pass, checked before any weight is touched.
 
 
-def positive_int(name: str, value: object) -> int:
-    """`value` as an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def positive_int(name: str, value: Any) -> int:
+    """`value`, of any integer type, as an int of at least 1."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < 1:
         raise InvalidInputError(f"{name}={value!r} must be a whole number of at least 1.")
-    if value < 1:
-        raise InvalidInputError(f"{name}={value} must be at least 1.")
-    return value
+    return number
 
 
-def finite_float(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """`value` as a finite float in `low..high`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def finite_float(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value`, of any real type, as a finite float in `low..high`."""
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+    except OverflowError:
+        number = math.nan
+    if not math.isfinite(number):
         raise InvalidInputError(f"{name}={value!r} must be a finite number.")
-    if not low <= value <= high:
+    if not low <= number <= high:
         raise InvalidInputError(f"{name}={value} must be between {low:g} and {high:g}.")
-    return float(value)
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, which must be True or False: a text such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{name}={value!r} must be True or False.")
+    return value
 
 
 def image_side(name: str, value: object) -> int:
     """`value` rounded up to a multiple of 16, with a warning where that changes it."""
     side = positive_int(name, value)
+    if side > MAX_SIDE:
+        raise InvalidInputError(f"{name}={side} must be at most {MAX_SIDE} pixels.")
     rounded = math.ceil(side / PIXEL_MULTIPLE) * PIXEL_MULTIPLE
     if rounded != side:
         logger.warning("%s=%d is no multiple of %d; rounded up to %d.", name, side, PIXEL_MULTIPLE, rounded)
@@ -292,12 +317,18 @@ def seeds_per_image(seed: Any, images: int) -> list[int]:
     """One seed per image: a list is taken as it is, a single seed counts up, None counts up from a random one."""
     if seed is None:
         seed = secrets.randbits(48)  # drawn here, so that the image's metadata can say it
-    seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed]
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64 - images:
-            raise InvalidInputError(f"seed={value!r} must be a whole number of 64 bits, a list of them, or None.")
+    given = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    seeds = []
+    for value in given:
+        try:
+            seeds.append(operator.index(value))
+        except TypeError:
+            raise InvalidInputError(f"seed={value!r} must be a whole number, a list of them, or None.") from None
     if not isinstance(seed, (list, tuple)):
-        return [seeds[0] + index for index in range(images)]
+        seeds = [seeds[0] + index for index in range(images)]
+    for number in seeds:
+        if not -(2**63) <= number < 2**64:
+            raise InvalidInputError(f"seed={number} must be between {-(2**63)} and {2**64 - 1}.")
     if len(seeds) != images:
         raise InvalidInputError(
             f"seed has {len(seeds)} entries for {images} images. Give one per image, or one number."

@@ -27,6 +27,13 @@ class Setting:
         """`value`, if it can be meant; `name` says in messages where it comes from."""
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         fits = isinstance(value, self.kind) if self.kind is str else number and self.low <= value <= self.high
+        if self.kind is str and fits:
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInputError(
+                    f"{name} is {value!r}, which is no valid text (half of a surrogate pair)."
+                ) from error
         if not fits or (self.kind is int and not isinstance(value, int)):
             raise InvalidInputError(f"{name} is {value!r}; it must be {self._allowed()}.")
         return value if self.kind is str else self.kind(value)
@@ -37,7 +44,8 @@ class Setting:
         noun = "a whole number" if self.kind is int else "a number"
         if self.low == float("-inf"):
             return noun
-        return f"{noun} from {self.low:g} to {self.high:g}" if self.high < float("inf") else f"{noun} from {self.low:g}"
+        low, high = (f"{bound}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
+        return f"{noun} from {low} to {high}" if self.high < float("inf") else f"{noun} from {low}"
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -47,8 +55,8 @@ SETTINGS: Mapping[str, Setting] = {
     "seed": Setting("seed", int, -(2**63), 2**64 - 1),
     "steps": Setting("num_inference_steps", int, 1, 10_000),
     "cfg_scale": Setting("cfg_scale", float, 0, 1e6),
-    "height": Setting("height", int, 1, 65_536),
-    "width": Setting("width", int, 1, 65_536),
+    "height": Setting("height", int, 1, 16_384),
+    "width": Setting("width", int, 1, 16_384),
     "input_image": Setting(None, str),
     "denoising_strength": Setting("denoising_strength", float, 0, 1),
     "sigma_shift": Setting("sigma_shift", float, 1e-6, 1e6),
@@ -143,9 +151,10 @@ def plan_jobs(prompts: Iterable[Mapping[str, Any]], common: Mapping[str, Any], o
         job.outputs = [next(free) for _ in range(job.settings["num_images"])]
     seen: set[Path] = set()
     for path in (path for job in jobs for path in job.outputs):
-        if path.absolute() in seen:
+        real = path.resolve()  # one file may have several names
+        if real in seen:
             raise InvalidInputError(f'Two images would be written to {path}. Give each line its own "out".')
-        seen.add(path.absolute())
+        seen.add(real)
     return jobs
 
 

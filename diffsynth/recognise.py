@@ -222,6 +222,7 @@ def _read_as(
 
 def _build_from(config: Mapping[str, Any], component: ComponentSpec, reader: Reader) -> tuple[Any, nn.Module]:
     """Typed config and module from a `config.json`, of which other libraries read a part."""
+    _check_depth(config, reader)
     try:
         parsed = component.parse_config(config)
         return parsed, meta_build(component, parsed)
@@ -233,6 +234,19 @@ def _build_from(config: Mapping[str, Any], component: ComponentSpec, reader: Rea
             f"config.json beside {reader.describe()} cannot be understood ({type(error).__name__}: {reason}). "
             "Download it again."
         ) from error
+
+
+def _check_depth(config: Mapping[str, Any], reader: Reader) -> None:
+    """Refuse more layers than the file has tensors before building them, which would take for ever."""
+    inner = config.get("text_config")
+    for section in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in ("num_layers", "num_hidden_layers", "num_res_blocks", "layers_per_block"):
+            value = section.get(key)
+            if isinstance(value, int) and value > len(reader):
+                raise InvalidInputError(
+                    f"config.json beside {reader.describe()} sets {key} = {value}, more than the {len(reader)} tensors "
+                    "of the file. Download config.json again."
+                )
 
 
 def _compare(reading: Recognised, ours: Mapping[str, str]) -> None:

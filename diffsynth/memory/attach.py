@@ -62,7 +62,7 @@ class Residence:
         if all(value is None for value in said.values()):
             return None
         computation = (
-            _device(said["computation_device"] or device, "computation_device"),
+            resolve_device(said["computation_device"] or device, "computation_device"),
             _dtype(said["computation_dtype"] or dtype, "computation_dtype"),
         )
         if computation[1] in FP8_DTYPES:
@@ -90,15 +90,6 @@ def _check_order(offload: Place, onload: Place, preparing: Place) -> None:
         raise InvalidInputError(f"Two kinds of fp8 storage ({', '.join(sorted(map(str, kinds)))}): use one of them.")
 
 
-def _device(value: Any, name: str) -> torch.device:
-    device = resolve_device(value, name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInputError(f"{name}={str(value)!r}: this machine has no CUDA device. Use 'cpu'.")
-    if device.type == "meta":
-        raise InvalidInputError(f"{name}='meta' holds no weights; use 'cpu', 'cuda' or 'disk'.")
-    return device
-
-
 def _dtype(value: Any, name: str) -> torch.dtype:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise InvalidInputError(f"{name}={value!r} is no floating-point torch.dtype such as torch.bfloat16.")
@@ -118,7 +109,7 @@ def _place(stage: str, said: dict[str, Any], default: Place, compute_dtype: torc
         device = default[0] if dtype is None or default[0] != DISK else "cpu"
     if dtype is None:
         dtype = default[1]
-    place = DISK if device == DISK else _device(device, f"{stage}_device")
+    place = DISK if device == DISK else resolve_device(device, f"{stage}_device")
     return place, _dtype(dtype, f"{stage}_dtype")
 
 

@@ -17,6 +17,7 @@ from ..generate import (
     check_callables,
     encode_prompts,
     finite_float,
+    flag,
     generate,
     generate_latents,
     image_side,
@@ -27,7 +28,7 @@ from ..generate import (
 from ..load import fill_components, find_components
 from ..memory.attach import attachment_of
 from ..runtime.device import default_device, resolve_device, warn_about_environment
-from ..runtime.errors import InvalidInputError, MissingFileError
+from ..runtime.errors import CorruptFileError, InvalidInputError, MissingFileError
 from ..runtime.image import fit, from_pixels, load_image, to_pixels, with_parameters
 from ..runtime.rng import noise_device
 from ..sampling.schedule import FlowMatchScheduler
@@ -104,11 +105,17 @@ class BasePipeline:
                 f"No tokenizer of {self.family.spec.title} in {folder.absolute()}: neither tokenizer.json nor "
                 f"vocab.json is there (it holds {listed})."
             )
+        merges = folder / "merges.txt"
+        if not (folder / "tokenizer.json").is_file() and not (merges.is_file() and merges.stat().st_size):
+            raise CorruptFileError(
+                f"{merges.absolute()} is missing or empty, so no text could be read. Download it again."
+            )
         try:
             return self.family.load_tokenizer(str(folder))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise MissingFileError(
-                f"No tokenizer of {self.family.spec.title} could be read from {folder.absolute()}: {error}"
+        except Exception as error:  # the tokenizer library raises plain exceptions of its own for damaged files
+            raise CorruptFileError(
+                f"The tokenizer files in {folder.absolute()} cannot be read ({type(error).__name__}: {error}). "
+                "Download them again."
             ) from error
 
     @classmethod
@@ -217,7 +224,10 @@ class BasePipeline:
         positives, single = _conditions("prompt", prompt, prompt_embeds)
         images = len(positives) * per_prompt
         single = single and per_prompt == 1
+        negative_prompt = "" if negative_prompt is None else negative_prompt
         negatives, _ = _conditions("negative_prompt", negative_prompt, negative_prompt_embeds)
+        self._check_widths([*positives, *negatives])
+        flag("tiled", tiled)
         if output_type not in OUTPUT_TYPES:
             raise InvalidInputError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}.")
         check_callables(progress_bar_cmd=progress_bar_cmd, callback=callback)
@@ -253,6 +263,15 @@ class BasePipeline:
             for index, item in enumerate(pixels)
         ]
         return made[0] if single else made
+
+    def _check_widths(self, conditions: Sequence[str | Tensor]) -> None:
+        embeddings = [condition for condition in conditions if isinstance(condition, Tensor)]
+        for embedding in embeddings if self.dit is not None else ():
+            if embedding.shape[1] != self.dit.config.text_width:
+                raise InvalidInputError(
+                    f"Embeddings of shape {list(embedding.shape)} do not fit: this model takes "
+                    f"[tokens, {self.dit.config.text_width}]."
+                )
 
     def _warn_without_effect(self, request: Request, negative_prompt: Prompt) -> None:
         if request.image is None and request.strength != 1:
@@ -309,15 +328,31 @@ def _conditions(name: str, prompt: Any, embeds: Any) -> tuple[list[str | Tensor]
         if prompt:
             raise InvalidInputError(f"{name} and {name}_embeds are both given; give one of them.")
         single = isinstance(embeds, Tensor) and embeds.ndim == 2
-        found = [embeds] if single else list(embeds)
-        for item in found:
-            if not isinstance(item, Tensor) or item.ndim != 2 or not len(item):
-                raise InvalidInputError(
-                    f"{name}_embeds must be a tensor [tokens, width], or a list of them, as `encode_prompt` returns."
-                )
+        found = [embeds] if single else list(embeds) if isinstance(embeds, (list, tuple, Tensor)) else []
+        if not found or not all(_is_condition(item) for item in found):
+            raise InvalidInputError(
+                f"{name}_embeds must be a floating-point tensor [tokens, width] without NaN, or a list of them, as "
+                "`encode_prompt` returns."
+            )
         return found, single
     single = isinstance(prompt, str)
     texts = [prompt] if single else prompt
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidInputError(f"{name}={prompt!r} must be a string or a non-empty list of strings.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(f"{name}={text!r} is no valid text: it holds half of a surrogate pair.") from error
     return list(texts), single
+
+
+def _is_condition(item: Any) -> bool:
+    return (
+        isinstance(item, Tensor)
+        and item.ndim == 2
+        and len(item) > 0
+        and item.is_floating_point()
+        and not item.is_meta
+        and bool(torch.isfinite(item).all())
+    )

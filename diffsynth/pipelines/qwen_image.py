@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..families.qwen_image.family import QwenImageFamily
 from ..families.qwen_image.spec import DEFAULT_SIZE
-from ..generate import Step, StepCallback, finite_float
+from ..generate import Step, StepCallback, finite_float, flag
 from ..spec import Family, Guidance
 from ..weights.model_config import ModelConfig
 from .base import BasePipeline, PilImage, Prompt
@@ -118,7 +118,7 @@ class QwenImagePipeline(BasePipeline):
         return self._run(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            guidance=Guidance(finite_float("cfg_scale", cfg_scale, 0), normalize=cfg_normalize),
+            guidance=Guidance(finite_float("cfg_scale", cfg_scale, 0), normalize=flag("cfg_normalize", cfg_normalize)),
             scheduler=scheduler,
             input_image=input_image,
             denoising_strength=denoising_strength,

@@ -31,12 +31,26 @@ def default_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
+def is_available(device: torch.device) -> bool:
+    """Whether tensors can live on `device` on this machine."""
+    if device.type == "meta":
+        return False
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # whatever the backend of that kind raises
+        return False
+    return True
+
+
 def resolve_device(device: str | torch.device, name: str = "device") -> torch.device:
     """`device` as a `torch.device`.
 
+    Args:
+        device: for example "cuda", "cuda:0" or "cpu".
+        name: of the parameter, for messages. "rand_device" may be missing on this machine: the caller falls back.
+
     Raises:
-        InvalidInputError: there is no such kind of device, or this machine has none. A noise device ("rand_device") may
-            be missing: the caller falls back.
+        InvalidInputError: there is no such kind of device, or this machine has none.
     """
     try:
         resolved = torch.device(device)
@@ -44,9 +58,11 @@ def resolve_device(device: str | torch.device, name: str = "device") -> torch.de
         raise InvalidInputError(
             f"{name}={device!r} is no device; use for example 'cuda', 'cuda:0' or 'cpu'."
         ) from error
-    if name == "device" and resolved.type == "cuda" and not torch.cuda.is_available():
+    if name == "rand_device" or is_available(resolved):
+        return resolved
+    if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(
             f"{name}={str(device)!r}: this machine has no CUDA device, or PyTorch was installed without CUDA. "
-            "Use device='cpu', or install the CUDA build of PyTorch."
+            "Use 'cpu', or install the CUDA build of PyTorch."
         )
-    return resolved
+    raise InvalidInputError(f"{name}={str(device)!r} holds no tensors on this machine. Use {str(default_device())!r}.")

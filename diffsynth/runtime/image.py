@@ -170,6 +170,8 @@ def _from_text(text: object) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """The picture in `path`, its header read and its size checked, its pixels not decoded yet."""
+    if "\0" in os.fspath(path):
+        raise InvalidInputError(f"{os.fspath(path)!r} is no file name: it holds a NUL character.")
     try:
         with open(path, "rb") as file:
             start = file.read(512)

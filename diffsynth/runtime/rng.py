@@ -6,6 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .device import is_available
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ def _warn_fallback(device: str) -> None:
 def noise_device(rand_device: str | torch.device) -> torch.device:
     """The device to draw noise on: `rand_device`, or the CPU (with one warning) where it does not exist."""
     device = torch.device(rand_device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not is_available(device):
         _warn_fallback(str(rand_device))
         return torch.device("cpu")
     return device

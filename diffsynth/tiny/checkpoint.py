@@ -61,8 +61,13 @@ def _write_transformers(config: dict[str, Any], folder: Path) -> None:
     import transformers
 
     model_class = getattr(transformers, config["architectures"][0])
-    model = model_class(model_class.config_class.from_dict(config))
-    model.save_pretrained(folder)
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model_class(model_class.config_class.from_dict(config)).save_pretrained(folder)
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _write_weights(tensors: dict[str, Any], folder: Path, max_shard_bytes: int | None) -> None:

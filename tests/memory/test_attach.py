@@ -71,7 +71,7 @@ def test_fields_left_out_follow_their_neighbours(fields: dict[str, Any], expecte
         ({"offload_dtype": "bfloat16"}, "offload_dtype='bfloat16' is no floating-point torch.dtype"),
         ({"onload_dtype": torch.int8}, "onload_dtype=torch.int8 is no floating-point"),
         ({"offload_device": "gpu"}, "offload_device='gpu' is no device"),
-        ({"offload_device": "meta"}, "offload_device='meta' holds no weights"),
+        ({"offload_device": "meta"}, "offload_device='meta' holds no tensors"),
         ({"computation_device": "disk"}, "computation_device='disk' is no device"),
         ({"computation_dtype": "disk"}, "computation_dtype='disk' is no floating-point"),
         ({"computation_dtype": E4M3}, "is a storage type; use torch.bfloat16"),

@@ -45,6 +45,11 @@ class TransformerConfig:
         """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def text_width(self) -> int:
+        """Width of a text condition."""
+        return self.text_in_dim
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -44,6 +44,11 @@ class TransformerConfig:
         """D, the width of both streams."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def text_width(self) -> int:
+        """Width of a text condition."""
+        return self.joint_attention_dim
+
 
 @dataclass(frozen=True)
 class Layout:
