@@ -341,7 +341,7 @@ def inspect(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, verbose:
 
 
 def _print_image(report: "ImageReport") -> None:
-    click.echo(report.path)
+    click.echo(_printable(str(report.path)))
     if report.format is not None:
         _print_row("image", f"{report.format}, {report.width}x{report.height} pixels")
     for key, value in (report.parameters or {}).items():
@@ -354,7 +354,7 @@ def _print_image(report: "ImageReport") -> None:
 
 
 def _print_repository(report: "RepositoryReport") -> None:
-    click.echo(report.folder)
+    click.echo(_printable(str(report.folder)))
     _print_row("family", report.family or "unclear")
     _print_row("complete", "yes" if report.complete else "no")
     if report.problem:
@@ -365,7 +365,7 @@ def _print_repository(report: "RepositoryReport") -> None:
 
 def _print_checkpoint(report: "CheckpointReport") -> None:
     more = f" (and {len(report.files) - 1} more)" if len(report.files) > 1 else ""
-    click.echo(f"{report.files[0]}{more}")
+    click.echo(_printable(f"{report.files[0]}{more}"))
     for component in report.components:
         _print_row("is", f"{component.title}")
         _print_row("family", component.family)
@@ -399,11 +399,14 @@ def _print_names(label: str, names: list[str]) -> None:
 
 
 def _print_row(label: str, value: object) -> None:
-    """One line; text that could move the cursor (line breaks, escapes of a foreign file) is shown quoted."""
-    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value, ensure_ascii=False)
-    if not text.isprintable():
-        text = json.dumps(value)
-    click.echo(f"  {label if label.isprintable() else json.dumps(label)} ".ljust(22) + text)
+    """One line of a report."""
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    click.echo(f"  {_printable(label)} ".ljust(22) + _printable(text))
+
+
+def _printable(text: str) -> str:
+    """`text`, quoted where it could move the cursor: line breaks and escapes of a foreign file or its name."""
+    return text if text.isprintable() else json.dumps(text)
 
 
 def _human(number: int, base: int, units: tuple[str, ...], exact_unit: str = "") -> str:

@@ -104,6 +104,10 @@ def fill_components(
         device: the same for the place.
         vram_limit: GiB that weights may keep on the computation device, for components with one.
     """
+    if vram_limit is not None and all(item.residence is None for item in found.values()):
+        logger.warning(
+            "vram_limit=%g has no effect: no component names a place to rest, as offload_device.", vram_limit
+        )
     return {name: _fill(item.recognised, item.residence, dtype, device, vram_limit) for name, item in found.items()}
 
 

@@ -110,3 +110,17 @@ def test_an_over_long_name_gives_a_message_and_no_traceback():
     result = CliRunner().invoke(main, ["inspect", "x" * 5000])
     assert result.exit_code in (1, 2)
     assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_an_escape_in_a_file_name_does_not_reach_the_terminal(folder, tmp_path):
+    path = tmp_path / "\x1b[31mred.safetensors"
+    shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", path)
+    assert "\x1b" not in CliRunner().invoke(main, ["inspect", str(path)]).output
+
+
+def test_a_limit_without_a_place_to_rest_warns(folder, caplog):
+    QwenImagePipeline.from_folder(folder, device="cpu", vram_limit=1)
+    assert "vram_limit=1 has no effect" in caplog.text
+    caplog.clear()
+    QwenImagePipeline.from_folder(folder, device="cpu", vram_limit=1, offload_device="cpu")
+    assert "no effect" not in caplog.text

@@ -309,7 +309,8 @@ def _opened(image: Any) -> PilImage:
     if isinstance(image, (str, Path)):
         return load_image(image)
     if not isinstance(image, Image.Image):
-        raise InvalidInputError(f"input_image={image!r} must be a PIL image, or the path of an image file.")
+        said = repr(image) if isinstance(image, (int, float, bytes)) else f"a {type(image).__name__}"  # not its numbers
+        raise InvalidInputError(f"input_image={said} must be a PIL image, or the path of an image file.")
     return image
 
 
